@@ -1,0 +1,87 @@
+"""The one module plugin authors import (floor 6). Everything here is public and versioned.
+
+``API_VERSION`` is (major, minor). The major is part of the entry-point group name
+(``qvm.vdev.v1``); a vdev that needs a newer minor says so with its class attribute ``api``.
+"""
+
+from qvmcore.bus import AddressSpace
+from qvmcore.engine import Controller, CpuEntry, Engine, Guest, GuestConfig
+from qvmcore.errors import (
+    BadDescriptorChain,
+    ConfigError,
+    EngineError,
+    GuestError,
+    GuestMemoryError,
+    HostError,
+    PluginError,
+    QvmError,
+    nearest,
+)
+from qvmcore.events import EventFd, Worker
+from qvmcore.hookspecs import hookimpl
+from qvmcore.irq import IrqLine, NullIrq
+from qvmcore.memory import GuestMemory, MemoryRegion
+from qvmcore.options import Address, HostPath, Size
+from qvmcore.termination import Phase, TerminationCallback
+from qvmcore.types import (
+    Doorbell,
+    GuestEnd,
+    IntrSpec,
+    MmioHandler,
+    Reason,
+    Trigger,
+    VdevSpec,
+    Window,
+)
+from qvmcore.vdev import FdtNode, NoOptions, Vdev, VdevContext
+from qvmcore.virtio.chain import Chain
+from qvmcore.virtio.device import VirtioVdev
+from qvmcore.virtio.queue import Virtqueue
+
+API_VERSION = (1, 0)
+
+__all__ = [
+    "API_VERSION",
+    "Address",
+    "AddressSpace",
+    "BadDescriptorChain",
+    "Chain",
+    "ConfigError",
+    "Controller",
+    "CpuEntry",
+    "Doorbell",
+    "Engine",
+    "EngineError",
+    "EventFd",
+    "FdtNode",
+    "Guest",
+    "GuestConfig",
+    "GuestEnd",
+    "GuestError",
+    "GuestMemory",
+    "GuestMemoryError",
+    "HostError",
+    "HostPath",
+    "IntrSpec",
+    "IrqLine",
+    "MemoryRegion",
+    "MmioHandler",
+    "NoOptions",
+    "NullIrq",
+    "Phase",
+    "PluginError",
+    "QvmError",
+    "Reason",
+    "Size",
+    "TerminationCallback",
+    "Trigger",
+    "Vdev",
+    "VdevContext",
+    "VdevSpec",
+    "VirtioVdev",
+    "Virtqueue",
+    "Window",
+    "Worker",
+    "hookimpl",
+    "nearest",
+]

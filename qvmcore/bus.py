@@ -1,0 +1,101 @@
+"""The bus: who answers at a guest-physical address (floor 2). Knows no vdev type.
+
+Windows are inserted while the machine is built, then the space is frozen; accesses look up a
+sorted table by bisection. An access must lie whole inside one window and have a size the window
+allows, else it counts as unsupported and follows the ``unsupported`` policy.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from qvmcore.types import MmioHandler, Window
+
+#: ``(address, size, value)``; ``value`` is None for a read.
+UnsupportedHook = Callable[[int, int, int | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """A window placed at ``base``; ``owner`` names it in errors and listings."""
+
+    base: int
+    window: Window
+    handler: MmioHandler
+    owner: str
+
+    @property
+    def end(self) -> int:
+        """First address behind the window."""
+        return self.base + self.window.size
+
+
+def all_ones(size: int) -> int:
+    """What a read of nothing gives: every bit of ``size`` bytes set."""
+    return (1 << (8 * size)) - 1
+
+
+class AddressSpace:
+    """A sorted table of windows. Insert and freeze on one thread; read and write on any."""
+
+    def __init__(self, unsupported: UnsupportedHook | None = None) -> None:
+        self._mapped: list[Mapped] = []
+        self._bases: list[int] = []
+        self._rows: list[tuple[int, int, frozenset[int], Callable[[int, int], int],
+                               Callable[[int, int, int], None]]] = []
+        self._unsupported = unsupported
+        self._frozen = False
+
+    def __iter__(self) -> Iterator[Mapped]:
+        return iter(self._mapped)
+
+    def insert(self, base: int, window: Window, handler: MmioHandler, owner: str) -> None:
+        """Place a window. Raises ValueError when it overlaps another one or the space is frozen."""
+        if self._frozen:
+            raise ValueError(f"{owner}: the bus is frozen; windows are placed before the start")
+        new = Mapped(base, window, handler, owner)
+        clash = self.overlap(base, window.size)
+        if clash is not None:
+            raise ValueError(
+                f"{owner}: [{base:#x}, {new.end:#x}) overlaps {clash.owner} at "
+                f"[{clash.base:#x}, {clash.end:#x})"
+            )
+        index = bisect_right(self._bases, base)
+        self._mapped.insert(index, new)
+        self._bases.insert(index, base)
+        self._rows.insert(index, (base, new.end, window.access, handler.read, handler.write))
+
+    def overlap(self, base: int, size: int) -> Mapped | None:
+        """The first window that shares a byte with [base, base + size), or None."""
+        for other in self._mapped:
+            if base < other.end and other.base < base + size:
+                return other
+        return None
+
+    def freeze(self) -> None:
+        """Refuse further inserts."""
+        self._frozen = True
+
+    def read(self, address: int, size: int) -> int:
+        """Value at ``address``, ``size`` bytes, unsigned. Unsupported reads give all ones."""
+        index = bisect_right(self._bases, address) - 1
+        if index >= 0:
+            base, end, access, read, _ = self._rows[index]
+            if address + size <= end and size in access:
+                return read(address - base, size)
+        if self._unsupported is not None:
+            self._unsupported(address, size, None)
+        return all_ones(size)
+
+    def write(self, address: int, size: int, value: int) -> None:
+        """Write ``size`` bytes at ``address``. Unsupported writes are dropped."""
+        index = bisect_right(self._bases, address) - 1
+        if index >= 0:
+            base, end, access, _, write = self._rows[index]
+            if address + size <= end and size in access:
+                write(address - base, size, value)
+                return
+        if self._unsupported is not None:
+            self._unsupported(address, size, value)

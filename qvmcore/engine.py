@@ -1,0 +1,89 @@
+"""What an engine must offer (floor 2): protocols only, no engine lives in the core.
+
+An engine runs guests. ``Engine.create_guest`` gives a :class:`Guest`: the vCPUs and the interrupt
+controller of one VM. Everything the guest touches outside its memory and the controller's own
+windows goes through ``GuestConfig.bus``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+from qvmcore.bus import AddressSpace
+from qvmcore.irq import IrqLine
+from qvmcore.memory import GuestMemory
+from qvmcore.types import GuestEnd, IntrSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Controller:
+    """An interrupt controller that belongs to the board and is provided by the engine.
+
+    ``kind`` e.g. ``gicv2``; ``name`` is what ``intr = "gic:41"`` uses; ``windows`` are its
+    (base, size) ranges in bytes; ``lines`` the interrupt numbers a vdev may use.
+    """
+
+    kind: str
+    name: str
+    windows: tuple[tuple[int, int], ...]
+    lines: range
+
+
+@dataclass(frozen=True, slots=True)
+class CpuEntry:
+    """Where the boot CPU starts: guest-physical ``pc`` and named registers (``x0`` ...)."""
+
+    pc: int
+    registers: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class GuestConfig:
+    """Everything an engine needs to build a guest.
+
+    ``on_end`` is called at most once, from any thread, when the guest ends by itself or the engine
+    fails; it must return at once.
+    """
+
+    arch: str
+    cpus: int
+    memory: GuestMemory
+    bus: AddressSpace
+    controllers: tuple[Controller, ...]
+    on_end: Callable[[GuestEnd], None]
+
+
+class Guest(Protocol):
+    """A guest living in an engine."""
+
+    def irq_line(self, intr: IntrSpec) -> IrqLine:
+        """The input line ``intr`` of one of the controllers; called at freeze only."""
+
+    def start(self, entry: CpuEntry) -> None:
+        """Start the vCPU threads and return."""
+
+    def stop(self, timeout: float) -> bool:
+        """Stop every vCPU; idempotent. False when one did not stop within ``timeout`` seconds."""
+
+    def registers(self) -> Mapping[str, int]:
+        """Register values of the boot CPU; meaningful when stopped."""
+
+    def status(self) -> Mapping[str, object]:
+        """Counters for ``qvm`` status output; cheap, any thread."""
+
+    def close(self) -> None:
+        """Release the engine's resources after :meth:`stop`; idempotent."""
+
+
+class Engine(Protocol):
+    """A kind of engine, offered by a plugin through ``qvm_engines``."""
+
+    name: ClassVar[str]
+
+    def unusable(self, arch: str) -> str:
+        """Why this engine cannot run a guest of ``arch`` here; empty when it can."""
+
+    def create_guest(self, config: GuestConfig) -> Guest:
+        """Build a guest. Raises EngineError with the reason when that is impossible."""

@@ -1,0 +1,95 @@
+"""The exception tree of qvm (floor 0). Each class says whose fault it is.
+
+::
+
+    QvmError
+     +-- ConfigError       the VM file or the command line     -> exit 65
+     +-- PluginError       a plugin distribution               -> exit 64 (65 when the VM file names it)
+     +-- HostError         a file, device or call of the host  -> exit 64 before start, 96 after
+     +-- EngineError       the engine cannot run this guest    -> exit 64 before start, 96 after
+     +-- GuestError        the guest did something illegal; the device fails, the VM lives
+          +-- GuestMemoryError
+          +-- BadDescriptorChain
+
+Any other exception that leaves a vdev is a bug of that vdev and is caught in its slot.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class QvmError(Exception):
+    """Base of everything qvm raises on purpose. ``hint`` tells the user what to do."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostic:
+    """One thing wrong in a VM file: where (``file:line``), what, and what to do.
+
+    ``where`` names the table, e.g. ``vdev[1] (virtio-net)``; ``line`` is 1-based, 0 if unknown.
+    """
+
+    file: str
+    line: int
+    where: str
+    message: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}" if self.line else self.file
+        subject = f"{place}: {self.where}: " if self.where else f"{place}: "
+        return f"{subject}{self.message}" + (f"; {self.hint}" if self.hint else "")
+
+
+class ConfigError(QvmError):
+    """The VM file or the command line is wrong. Carries every problem found, not only the first."""
+
+    def __init__(self, diagnostics: Iterable[Diagnostic]) -> None:
+        self.diagnostics = tuple(diagnostics)
+        super().__init__("\n".join(str(item) for item in self.diagnostics))
+
+
+class PluginError(QvmError):
+    """A plugin cannot be loaded, speaks another API version, or breaks its contract."""
+
+
+class HostError(QvmError):
+    """A host resource failed; the message names the path and the reason of the operating system."""
+
+    @classmethod
+    def from_os(cls, action: str, path: object, error: OSError, *, hint: str = "") -> HostError:
+        """``cannot <action> <path>: <strerror>``."""
+        return cls(f"cannot {action} {path}: {error.strerror or error}", hint=hint)
+
+
+class EngineError(QvmError):
+    """The engine cannot run this guest, or failed while running it."""
+
+
+class GuestError(QvmError):
+    """The guest broke a rule of the device. Never fatal to the VM."""
+
+
+class GuestMemoryError(GuestError):
+    """A guest-physical range lies outside guest memory, or wraps the address space."""
+
+
+class BadDescriptorChain(GuestError):
+    """A virtqueue descriptor chain breaks the virtio rules."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The hint ``did you mean 'x'?`` for a misspelt name, or an empty string."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"did you mean {match[0]!r}?" if match else ""

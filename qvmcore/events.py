@@ -1,0 +1,203 @@
+"""Wake-ups and threads (floor 1): eventfds and the one worker thread of a vdev.
+
+A vdev never starts a thread: it asks ``ctx.worker`` to watch a file descriptor or to call a
+function, and the framework stops the worker with a deadline when the VM ends. Workers are daemon
+threads, so a blocked one cannot keep the process alive.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+log = logging.getLogger(__name__)
+
+
+class EventFd:
+    """A counting wake-up usable by any thread, by KVM (ioeventfd, irqfd) and by other processes."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def signal(self) -> None:
+        """Wake whoever waits; wake-ups that nobody took yet add up to one."""
+        try:
+            os.eventfd_write(self.fd, 1)
+        except (BlockingIOError, OSError):
+            # Full counter: it is signalled already. Closed: the owner is gone, nobody waits.
+            pass
+
+    def drain(self) -> int:
+        """Take all wake-ups; 0 when there was none."""
+        try:
+            return os.eventfd_read(self.fd)
+        except BlockingIOError:
+            return 0
+
+    def close(self) -> None:
+        """Close the descriptor; idempotent."""
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+
+
+class Worker:
+    """One named daemon thread running an event loop.
+
+    ``on_error(exception)`` is called on the worker thread when a callback raises; the loop then
+    goes on, unless the owner stops it. Callbacks hold ``serial`` while they run. All methods may be
+    called from any thread.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        on_error: Callable[[BaseException], None],
+        serial: AbstractContextManager[object] | None = None,
+    ) -> None:
+        self.name = name
+        self._on_error = on_error
+        self._serial = nullcontext() if serial is None else serial
+        self._wake = EventFd()
+        self._epoll = select.epoll()
+        self._epoll.register(self._wake.fd, select.EPOLLIN)
+        self._watched: dict[int, tuple[Callable[[], None] | None, Callable[[], None] | None]] = {}
+        self._calls: list[Callable[[], None]] = []
+        self._timers: list[tuple[float, Callable[[], None]]] = []
+        self._lock = threading.Lock()
+        self._stop = False
+        self._thread: threading.Thread | None = None
+
+    def watch(
+        self,
+        fd: int,
+        on_readable: Callable[[], None] | None = None,
+        on_writable: Callable[[], None] | None = None,
+    ) -> None:
+        """Call the given functions on the worker thread while ``fd`` is ready; replaces a former watch.
+
+        A hang-up or error of ``fd`` counts as readable, or as writable if only that is watched.
+        Raises OSError for a descriptor that cannot be polled (a regular file).
+        """
+        mask = (select.EPOLLIN if on_readable else 0) | (select.EPOLLOUT if on_writable else 0)
+        with self._lock:
+            if fd in self._watched:
+                self._epoll.modify(fd, mask)
+            else:
+                self._epoll.register(fd, mask)
+            self._watched[fd] = (on_readable, on_writable)
+        self._start()
+
+    def unwatch(self, fd: int) -> None:
+        """Stop watching ``fd``; harmless when it is not watched or closed already."""
+        with self._lock:
+            if self._watched.pop(fd, None) is not None:
+                try:
+                    self._epoll.unregister(fd)
+                except OSError:
+                    # Closing a descriptor removes it from the epoll set by itself.
+                    pass
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Run ``function`` once on the worker thread, soon."""
+        with self._lock:
+            self._calls.append(function)
+        self._wake.signal()
+        self._start()
+
+    def call_later(self, seconds: float, function: Callable[[], None]) -> None:
+        """Run ``function`` once on the worker thread after ``seconds`` of monotonic time."""
+        with self._lock:
+            self._timers.append((time.monotonic() + seconds, function))
+            self._timers.sort(key=lambda item: item[0])
+        self._wake.signal()
+        self._start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def ident(self) -> int | None:
+        """Thread identifier, for stack dumps of a worker that hangs."""
+        return self._thread.ident if self._thread is not None else None
+
+    def stop(self, timeout: float) -> bool:
+        """Ask the loop to end and wait at most ``timeout`` seconds; False when it still runs.
+
+        Called from the worker itself it only asks. Idempotent.
+        """
+        self._stop = True
+        self._wake.signal()
+        thread = self._thread
+        if thread is None or thread is threading.current_thread():
+            if thread is None:
+                self._close()
+            return True
+        thread.join(timeout)
+        return not thread.is_alive()
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._thread is None and not self._stop:
+                self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self._stop:
+                for fd, events in self._epoll.poll(self._timeout()):
+                    if self._stop:
+                        break
+                    if fd == self._wake.fd:
+                        self._wake.drain()
+                    else:
+                        self._dispatch(fd, events)
+                if not self._stop:
+                    self._run_calls()
+        finally:
+            self._close()
+
+    def _timeout(self) -> float | None:
+        with self._lock:
+            if self._calls:
+                return 0
+            return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
+
+    def _dispatch(self, fd: int, events: int) -> None:
+        readable, writable = self._watched.get(fd, (None, None))
+        failed = events & (select.EPOLLHUP | select.EPOLLERR)
+        if readable is not None and (events & select.EPOLLIN or failed):
+            self._guarded(readable)
+        if writable is not None and (events & select.EPOLLOUT or (failed and readable is None)):
+            self._guarded(writable)
+
+    def _run_calls(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            calls, self._calls = self._calls, []
+            while self._timers and self._timers[0][0] <= now:
+                calls.append(self._timers.pop(0)[1])
+        for call in calls:
+            if self._stop:
+                break
+            self._guarded(call)
+
+    def _guarded(self, function: Callable[[], None]) -> None:
+        try:
+            with self._serial:
+                function()
+        except Exception as error:
+            self._on_error(error)
+
+    def _close(self) -> None:
+        with self._lock:
+            self._epoll.close()
+            self._wake.close()
+            self._watched.clear()

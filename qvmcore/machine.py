@@ -1,0 +1,249 @@
+"""A machine from spec to exit code (floor 9): build, configure, freeze, run, terminate.
+
+Single-threaded until ``on_configured``. Afterwards the main thread only waits: for the guest's
+end, a vdev's request, a signal or the power button. All of these are put into one queue, so the
+end is decided in one place and the termination plan runs once, on the main thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from qvmcore import boards
+from qvmcore.bind import DefaultBindings, bind
+from qvmcore.boards import Board, DescribedVdev
+from qvmcore.bus import AddressSpace
+from qvmcore.engine import Engine, Guest, GuestConfig
+from qvmcore.errors import EngineError, QvmError
+from qvmcore.load import load_guest
+from qvmcore.memory import GuestMemory
+from qvmcore.plugins import PluginHost
+from qvmcore.signals import SignalEvents
+from qvmcore.slot import VdevSlot
+from qvmcore.termination import Phase, StepResult, TerminationPlan
+from qvmcore.types import GuestEnd, MachineSpec, Reason
+
+log = logging.getLogger("qvm")
+
+#: Seconds the vCPUs get to stop before the plan goes on without them.
+VCPU_STOP_TIMEOUT = 2.0
+#: Seconds all on_button() methods together may take.
+BUTTON_TIMEOUT = 1.0
+#: Seconds between two looks for hung register handlers.
+WATCH_PERIOD = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended: what the guest did, what became of each termination step, the exit code."""
+
+    end: GuestEnd
+    steps: tuple[StepResult, ...]
+    vcpus_stopped: bool
+
+    @property
+    def code(self) -> int:
+        """Exit code of the process."""
+        return self.end.code
+
+
+class Machine:
+    """One VM. Make it with :meth:`build`, use :meth:`fdt` or :meth:`run` once, on the main thread."""
+
+    def __init__(self, spec: MachineSpec, host: PluginHost, board: Board) -> None:
+        self.spec = spec
+        self.board = board
+        self.slots: Sequence[VdevSlot] = ()
+        self.plan = TerminationPlan()
+        self._host = host
+        self._events: queue.SimpleQueue[GuestEnd | str] = queue.SimpleQueue()
+        self._memory = GuestMemory()
+        self._guest: Guest | None = None
+        #: Whether the guest was started; decides between exit codes 64 and 96.
+        self.started = False
+
+    @classmethod
+    def build(cls, spec: MachineSpec, host: PluginHost) -> Machine:
+        """Create the vdev objects of a checked spec; opens nothing and starts nothing."""
+        machine = cls(spec, host, boards.get(spec.board))
+        host.register(DefaultBindings())
+        slots = []
+        for vdev_spec in spec.vdevs:
+            vdev_class = host.vdev_class(vdev_spec.type)
+            slot = VdevSlot(vdev_spec, vdev_class, machine.plan, machine.end, machine.press_power_button)
+            slot.adopt(host.create_vdev(vdev_spec, vdev_class, slot))
+            slots.append(slot)
+        machine.slots = tuple(slots)
+        return machine
+
+    def fdt(self) -> bytes:
+        """The device tree the guest would get, without a loaded initrd's addresses."""
+        return self.board.build_fdt(self.spec, self._described())
+
+    def end(self, end: GuestEnd) -> None:
+        """Ask for the end of the VM; the first one decides. Any thread."""
+        self._events.put(end)
+
+    def press_power_button(self) -> None:
+        """Press the power button, as SIGTERM does. Any thread."""
+        self._events.put("button")
+
+    def run(self) -> Outcome:
+        """Run the whole life of the VM and end it in order, whatever happens.
+
+        Raises QvmError when the VM could not be started; everything opened is released by then.
+        """
+        with SignalEvents(self._events.put):
+            engine = self._engine()
+            end = GuestEnd(Reason.HOST_ERROR, "not started")
+            try:
+                self._start(engine)
+                end = self._wait()
+            finally:
+                # Also for KeyboardInterrupt, SystemExit and a failed start: nothing may be left.
+                stopped, steps = self._terminate(end)
+        return Outcome(end, steps, stopped)
+
+    # -- start ---------------------------------------------------------------------------------
+
+    def _engine(self) -> Engine:
+        arch = self.board.arch
+        wanted = self.spec.engine
+        names = [wanted] if wanted != "auto" else list(self._host.engine_names())
+        reasons = []
+        for name in names:
+            engine = self._host.engine(name)
+            why = engine.unusable(arch)
+            if not why:
+                if wanted == "auto":
+                    log.info("engine: %s, the first that can run %s guests here", name, arch)
+                return engine
+            reasons.append(f"{name}: {why}")
+        hint = "; ".join(reasons) or "no engine is installed: pip install qvm-emulator"
+        raise EngineError(f"no engine can run this {arch} guest", hint=hint)
+
+    def _start(self, engine: Engine) -> None:
+        self._memory = memory = GuestMemory.allocate(self.spec.memory)
+        bus = AddressSpace(self._unsupported)
+        config = GuestConfig(
+            self.board.arch, self.spec.cpus, memory, bus, self.board.controllers, self._guest_ended
+        )
+        guest = engine.create_guest(config)
+        self._guest = guest
+        bind(self.slots, self._host, bus, guest)
+        bus.freeze()
+        for callback in self._host.termination_callbacks(self):
+            self.plan.add(callback)
+        for slot in self.slots:
+            slot.configure(memory)
+        entry = load_guest(
+            self.spec.load, memory, self.board, lambda placed: self.board.build_fdt(self.spec, self._described(), placed)
+        )
+        for slot in self.slots:
+            slot.vdev.on_starting()
+        self.started = True
+        guest.start(entry)
+
+    def _described(self) -> list[DescribedVdev]:
+        return [DescribedVdev(slot.spec, slot.vdev) for slot in self.slots]
+
+    def _guest_ended(self, end: GuestEnd) -> None:
+        self._events.put(end)
+
+    def _unsupported(self, address: int, size: int, value: int | None) -> None:
+        if self.spec.unsupported != "abort":
+            return
+        what = "read of" if value is None else f"write of {value:#x} to"
+        self.end(GuestEnd(Reason.UNSUPPORTED_ACCESS, f"{size}-byte {what} unmapped address {address:#x}"))
+
+    # -- run -----------------------------------------------------------------------------------
+
+    def _wait(self) -> GuestEnd:
+        deadline: float | None = None
+        while True:
+            timeout = WATCH_PERIOD if deadline is None else max(0.0, min(WATCH_PERIOD, deadline - time.monotonic()))
+            try:
+                event = self._events.get(timeout=timeout)
+            except queue.Empty:
+                for slot in self.slots:
+                    slot.interrupt_if_hung()
+                if deadline is not None and time.monotonic() >= deadline:
+                    return GuestEnd(
+                        Reason.POWER_CUT, f"the guest did not power off within {self.spec.shutdown_timeout:g} s"
+                    )
+                continue
+            if isinstance(event, GuestEnd):
+                return event
+            if event == "SIGQUIT":
+                return GuestEnd(Reason.SIGQUIT, "power cut by SIGQUIT")
+            if event == "SIGUSR1":
+                self._log_status()
+            elif deadline is not None:
+                return GuestEnd(Reason.POWER_CUT, f"power cut by a second {event}")
+            elif self._button():
+                log.info("%s: asked the guest to power off; cutting the power in %g s, or on a second request",
+                         event, self.spec.shutdown_timeout)
+                deadline = time.monotonic() + self.spec.shutdown_timeout
+            else:
+                return GuestEnd(Reason.POWER_CUT, f"{event}: no vdev can tell the guest; power cut")
+
+    def _button(self) -> bool:
+        told: list[str] = []
+        threads = []
+        for slot in self.slots:
+            if slot.faulted:
+                continue
+            thread = threading.Thread(target=_press, args=(slot, told), name=f"button-{slot.name}", daemon=True)
+            thread.start()
+            threads.append(thread)
+        deadline = time.monotonic() + BUTTON_TIMEOUT
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return bool(told)
+
+    def _log_status(self) -> None:
+        if self._guest is not None:
+            log.info("status: guest: %s", dict(self._guest.status()))
+        for slot in self.slots:
+            try:
+                status: object = dict(slot.vdev.status())
+            except Exception as error:
+                status = f"status() raised {type(error).__name__}: {error}"
+            log.info("status: %s (%s)%s: %s", slot.name, slot.spec.type, " FAILED" if slot.faulted else "", status)
+
+    # -- end -----------------------------------------------------------------------------------
+
+    def _terminate(self, end: GuestEnd) -> tuple[bool, tuple[StepResult, ...]]:
+        guest = self._guest
+        stopped = guest is None or _isolated("stop the vCPUs", lambda: guest.stop(VCPU_STOP_TIMEOUT))
+        if not stopped:
+            log.error("end: a vCPU did not stop within %g s; going on without it", VCPU_STOP_TIMEOUT)
+        steps = self.plan.run(end)
+        if guest is not None and stopped:
+            _isolated("close the engine", lambda: guest.close() is None)
+            workers_quiet = all(s.verdict == "ok" for s in steps if s.phase <= Phase.STOP_WORKERS)
+            if workers_quiet:
+                # With a thread still inside guest memory the mapping stays until the process ends.
+                self._memory.close()
+        return stopped, steps
+
+
+def _press(slot: VdevSlot, told: list[str]) -> None:
+    try:
+        if slot.vdev.on_button():
+            told.append(slot.name)
+    except Exception as error:
+        slot.fault(error)
+
+
+def _isolated(what: str, action: Callable[[], bool]) -> bool:
+    try:
+        return action()
+    except Exception:
+        log.exception("end: cannot %s", what)
+        return False

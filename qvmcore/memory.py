@@ -1,0 +1,111 @@
+"""Guest memory: the only way to touch guest RAM (floor 1).
+
+Every region is one shared mapping, so an engine, a vhost-user client and a vdev all see the same
+bytes and no access copies. Views are plain ``memoryview`` slices: pass them to ``os.preadv``.
+
+Thread-safe: regions are added before the guest starts and looked up without a lock afterwards.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Iterable, Sequence
+
+from qvmcore.errors import GuestMemoryError, HostError
+from qvmcore.types import MemorySpec
+
+
+class MemoryRegion:
+    """One contiguous range of guest-physical memory backed by one shared mapping.
+
+    ``start`` and ``size`` are bytes; ``view`` is a writable memoryview of the whole range;
+    ``fd`` is the memfd behind it, so that another process can map the same pages.
+    """
+
+    def __init__(self, spec: MemorySpec) -> None:
+        self.start = spec.start
+        self.size = spec.size
+        self.end = spec.end
+        self.rom = spec.rom
+        try:
+            self.fd = os.memfd_create(f"qvm-ram-{spec.start:x}", os.MFD_CLOEXEC)
+            os.ftruncate(self.fd, spec.size)
+            self._map = mmap.mmap(self.fd, spec.size)
+        except (OSError, OverflowError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise HostError(f"cannot map {spec.size} bytes of guest memory: {reason}") from error
+        self.view = memoryview(self._map)
+
+    @property
+    def host_address(self) -> int:
+        """Address of the first byte in this process, for engines that map memory by pointer."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+
+    def close(self) -> None:
+        """Drop the mapping. Views still held elsewhere keep the pages alive; idempotent."""
+        if self.fd < 0:
+            return
+        os.close(self.fd)
+        self.fd = -1
+        self.view.release()
+        try:
+            self._map.close()
+        except BufferError:
+            # A worker that could not be stopped still holds a view; the pages go with the process.
+            pass
+
+
+class GuestMemory:
+    """The guest-physical memory map: bounds-checked reads, writes and zero-copy views.
+
+    Addresses are guest-physical bytes. A range must lie inside one region, else
+    :class:`~qvmcore.errors.GuestMemoryError` is raised; nothing is ever clipped.
+    """
+
+    def __init__(self, regions: Iterable[MemoryRegion] = ()) -> None:
+        self._regions: tuple[MemoryRegion, ...] = tuple(sorted(regions, key=lambda r: r.start))
+        self._first = self._regions[0] if self._regions else None
+
+    @classmethod
+    def allocate(cls, specs: Sequence[MemorySpec]) -> GuestMemory:
+        """Map fresh zeroed memory for every spec. Raises HostError when the host has not enough."""
+        return cls(MemoryRegion(spec) for spec in specs)
+
+    @property
+    def regions(self) -> tuple[MemoryRegion, ...]:
+        """The regions in address order."""
+        return self._regions
+
+    def view(self, address: int, size: int) -> memoryview:
+        """A writable view of ``size`` bytes at ``address`` without a copy."""
+        region = self._first
+        if region is None or address < region.start or address + size > region.end or size < 0:
+            region = self._find(address, size)
+        start = address - region.start
+        return region.view[start : start + size]
+
+    def read(self, address: int, size: int) -> bytes:
+        """A copy of ``size`` bytes at ``address``."""
+        return bytes(self.view(address, size))
+
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Copy ``data`` to ``address``."""
+        self.view(address, len(data))[:] = data
+
+    def contains(self, address: int, size: int) -> bool:
+        """Whether the whole range is guest memory."""
+        return size >= 0 and any(r.start <= address and address + size <= r.end for r in self._regions)
+
+    def close(self) -> None:
+        """Unmap everything; idempotent."""
+        for region in self._regions:
+            region.close()
+
+    def _find(self, address: int, size: int) -> MemoryRegion:
+        if size >= 0:
+            for region in self._regions:
+                if region.start <= address and address + size <= region.end:
+                    return region
+        raise GuestMemoryError(f"[{address:#x}, +{size:#x}) is not guest memory")

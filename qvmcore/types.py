@@ -1,0 +1,202 @@
+"""Frozen values shared by every floor (floor 0). No behaviour beyond checking and printing."""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Reason(enum.Enum):
+    """Why a VM ends, with QNX's exit codes.
+
+    ``POWER_CUT``: the guest was asked to power off and was cut by a second signal or the time-out,
+    or nothing in it listens to the button.
+    """
+
+    GUEST_SHUTDOWN = ("guest-shutdown", 0)
+    GUEST_RESET = ("guest-reset", 0)
+    GUEST_CRASH = ("guest-crash", 7)
+    POWER_CUT = ("power-cut", 3)
+    SIGQUIT = ("sigquit", 3)
+    WATCHDOG = ("watchdog", 4)
+    UNSUPPORTED_ACCESS = ("unsupported-access", 5)
+    VDEV_FATAL = ("vdev-fatal", 6)
+    HOST_ERROR = ("host-error", 96)
+
+    def __init__(self, label: str, exit_code: int) -> None:
+        self.label = label
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return self.label
+
+
+@dataclass(frozen=True, slots=True)
+class GuestEnd:
+    """How a guest ended: the reason, a sentence for people, and the exit code.
+
+    ``code`` is the exit code of the qvm process; vdevs may choose 32 to 63 (QNX's custom causes).
+    """
+
+    reason: Reason
+    message: str = ""
+    code: int = -1
+
+    def __post_init__(self) -> None:
+        if self.code < 0:
+            object.__setattr__(self, "code", self.reason.exit_code)
+
+
+@dataclass(frozen=True, slots=True)
+class Doorbell:
+    """A register whose write only wakes a worker, so an engine may bypass ``mmio_write``.
+
+    ``offset`` and ``size`` are bytes within the window; ``datamatch`` is the written value, or
+    ``None`` for any value.
+    """
+
+    offset: int
+    size: int = 4
+    datamatch: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One guest-visible register range: ``size`` bytes, accesses of the sizes in ``access`` only.
+
+    An access of another size, or one that leaves the window, never reaches the vdev.
+    """
+
+    size: int
+    access: frozenset[int] = frozenset({1, 2, 4, 8})
+
+    def __post_init__(self) -> None:
+        if self.size <= 0:
+            raise ValueError(f"window size must be positive, not {self.size}")
+        if not self.access or not self.access <= {1, 2, 4, 8}:
+            raise ValueError(f"access sizes are 1, 2, 4 and 8, not {sorted(self.access)}")
+
+
+class MmioHandler(NamedTuple):
+    """What a window is bound to at freeze.
+
+    ``read(offset, size) -> value`` and ``write(offset, size, value)``; offset in bytes from the
+    start of the window, value unsigned little-endian. Both run on a vCPU thread.
+    """
+
+    read: Callable[[int, int], int]
+    write: Callable[[int, int, int], None]
+
+
+class Trigger(enum.Enum):
+    """How an interrupt line signals."""
+
+    LEVEL = "level"
+    EDGE = "edge"
+
+
+_INTR = re.compile(r"(?P<controller>[A-Za-z_][\w-]*):(?P<number>0[xX][0-9a-fA-F]+|\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class IntrSpec:
+    """An interrupt by controller name and number, written ``gic:41``.
+
+    For a GIC the number is the INTID, as in QNX: ``gic:41`` is SPI 9.
+    """
+
+    controller: str
+    number: int
+
+    @classmethod
+    def parse(cls, text: str) -> IntrSpec:
+        """``"gic:41"`` -> ``IntrSpec("gic", 41)``. Raises ValueError with what was expected."""
+        match = _INTR.fullmatch(text.strip())
+        if match is None:
+            raise ValueError(f"expected CONTROLLER:NUMBER such as 'gic:41', not {text!r}")
+        return cls(match["controller"], int(match["number"], 0))
+
+    def __str__(self) -> str:
+        return f"{self.controller}:{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where in the user's files a table or key was written; ``line`` is 1-based, 0 if unknown."""
+
+    file: str
+    line: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySpec:
+    """A range of guest memory in bytes. ``rom`` refuses guest writes."""
+
+    start: int
+    size: int
+    rom: bool = False
+
+    @property
+    def end(self) -> int:
+        """First address behind the range."""
+        return self.start + self.size
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSpec:
+    """What is placed into guest memory before the start: paths, and the kernel command line.
+
+    ``format`` is ``auto`` (recognised by its content), ``linux``, ``elf`` or ``raw``; ``address``
+    is where a raw file goes, in bytes, None for the start of RAM.
+    """
+
+    kernel: Path | None = None
+    initrd: Path | None = None
+    cmdline: str = ""
+    format: str = "auto"
+    address: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VdevSpec:
+    """One ``[[vdev]]`` table: the common keys, and the vdev's own options.
+
+    ``options`` is the validated instance of the vdev class's ``Options`` struct. ``loc`` is a guest-physical address in bytes; ``implicit`` marks a vdev the board adds itself.
+    """
+
+    type: str
+    name: str
+    options: Any = None
+    loc: int | None = None
+    intr: IntrSpec | None = None
+    on_fault: str = "isolate"
+    implicit: bool = False
+    source: Source = Source("<builtin>")
+    key_sources: Mapping[str, Source] = field(default_factory=dict)
+    label: str = ""
+
+    @property
+    def where(self) -> str:
+        """How errors name this table, e.g. ``vdev[1] (virtio-blk)``."""
+        return self.label or f"vdev {self.name} ({self.type})"
+
+
+@dataclass(frozen=True, slots=True)
+class MachineSpec:
+    """A whole VM as composed from its files, checked and complete, before anything is opened."""
+
+    name: str
+    board: str
+    engine: str
+    cpus: int
+    memory: tuple[MemorySpec, ...]
+    load: LoadSpec
+    vdevs: tuple[VdevSpec, ...]
+    unsupported: str = "ignore"
+    shutdown_timeout: float = 10.0
+    source: Source = Source("<builtin>")
+    base_dir: Path = Path()

@@ -1,0 +1,114 @@
+"""Boards (floor 8): the fixed part of a machine. :func:`get` gives one by its name.
+
+A board knows its memory layout, its interrupt controllers, the vdevs it always has, and how a
+guest of its kind is told about all that (the device tree).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from qvmcore.engine import Controller
+from qvmcore.types import IntrSpec, MachineSpec, VdevSpec
+from qvmcore.vdev import Vdev
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the loader put things: guest-physical addresses in bytes.
+
+    ``initrd`` is (start, end), or None without one; ``dtb`` is where the device tree will be.
+    """
+
+    kernel: int
+    entry: int
+    dtb: int
+    initrd: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DescribedVdev:
+    """A vdev together with its table: what :meth:`Board.build_fdt` announces."""
+
+    spec: VdevSpec
+    vdev: Vdev
+
+
+@dataclass(frozen=True, slots=True)
+class ImplicitVdev:
+    """A vdev the board has even when no VM file lists it; a file may list it to change its keys."""
+
+    type: str
+    name: str
+    loc: int
+    intr: IntrSpec | None
+
+
+class Board(Protocol):
+    """What the core asks of a board. All addresses and sizes are bytes."""
+
+    @property
+    def name(self) -> str:
+        """What ``board = "..."`` calls it."""
+
+    @property
+    def arch(self) -> str:
+        """Architecture of the guest, e.g. ``aarch64``; engines and loaders go by it."""
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+
+    @property
+    def ram_base(self) -> int:
+        """Where ``ram = "512M"`` starts."""
+
+    @property
+    def address_limit(self) -> int:
+        """First address behind the guest-physical address space."""
+
+    @property
+    def max_cpus(self) -> int:
+        """The most vCPUs the interrupt controller serves."""
+
+    @property
+    def controllers(self) -> tuple[Controller, ...]:
+        """The interrupt controllers, provided by the engine."""
+
+    @property
+    def implicit(self) -> tuple[ImplicitVdev, ...]:
+        """The vdevs every machine of this board has."""
+
+    @property
+    def vdev_space(self) -> range:
+        """Addresses suggested to people for their vdevs; step = distance of two vdevs."""
+
+    @property
+    def vdev_lines(self) -> range:
+        """Interrupt numbers suggested to people for their vdevs."""
+
+    def build_fdt(
+        self, spec: MachineSpec, vdevs: Sequence[DescribedVdev], placement: Placement | None = None
+    ) -> bytes:
+        """The device tree blob of the whole machine; ``placement`` None = nothing loaded."""
+
+
+def _arm64_virt() -> Board:
+    from qvmcore.boards.arm64_virt import Arm64Virt
+
+    return Arm64Virt()
+
+
+_BOARDS: Mapping[str, Callable[[], Board]] = {"arm64-virt": _arm64_virt}
+
+
+def names() -> tuple[str, ...]:
+    """The names of all boards."""
+    return tuple(_BOARDS)
+
+
+def get(name: str) -> Board:
+    """The board called ``name``. Raises KeyError; check against :func:`names` first."""
+    return _BOARDS[name]()

@@ -1,0 +1,94 @@
+"""The layout of a machine (floor 8): who is at which address and on which interrupt.
+
+One description for the checks of a VM file, for ``qvm show`` and for the device tree. The windows
+of a vdev follow one another from its ``loc``; its interrupts count up from its ``intr``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from qvmcore.boards import Board
+from qvmcore.types import IntrSpec, MachineSpec, MemorySpec, VdevSpec, Window
+from qvmcore.vdev import Vdev
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRow:
+    """A range of the guest-physical address space. ``kind``: ram, rom, controller or vdev."""
+
+    start: int
+    size: int
+    kind: str
+    owner: str
+    spec: VdevSpec | None = None
+
+    @property
+    def end(self) -> int:
+        """First address behind the range."""
+        return self.start + self.size
+
+    def overlaps(self, other: MemoryRow) -> bool:
+        """Whether both share a byte."""
+        return self.start < other.end and other.start < self.end
+
+    def __str__(self) -> str:
+        return f"[{self.start:#x}, {self.end:#x})"
+
+
+@dataclass(frozen=True, slots=True)
+class InterruptRow:
+    """One interrupt line in use. ``trigger`` is ``edge`` or ``level``."""
+
+    intr: IntrSpec
+    owner: str
+    trigger: str
+    spec: VdevSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Memory map by address, interrupt map by controller and number."""
+
+    memory: tuple[MemoryRow, ...]
+    interrupts: tuple[InterruptRow, ...]
+
+
+def place_windows(loc: int, windows: Iterable[Window]) -> list[tuple[int, int]]:
+    """(address, size) of each window of a vdev at ``loc``: one directly behind the other."""
+    placed = []
+    for window in windows:
+        placed.append((loc, window.size))
+        loc += window.size
+    return placed
+
+
+def layout_of(
+    board: Board, memory: Sequence[MemorySpec], vdevs: Iterable[VdevSpec], classes: Mapping[str, type[Vdev]]
+) -> Layout:
+    """The layout of vdevs whose classes are known (by type); others are left out."""
+    rows = [MemoryRow(m.start, m.size, "rom" if m.rom else "ram", "rom" if m.rom else "ram") for m in memory]
+    for controller in board.controllers:
+        rows += [MemoryRow(base, size, "controller", controller.name) for base, size in controller.windows]
+    lines = []
+    for spec in vdevs:
+        cls = classes.get(spec.type)
+        if cls is None:
+            continue
+        if spec.loc is not None:
+            placed = place_windows(spec.loc, cls.windows)
+            rows += [MemoryRow(start, size, "vdev", spec.name, spec) for start, size in placed]
+        if spec.intr is not None:
+            for index in range(cls.irqs):
+                intr = IntrSpec(spec.intr.controller, spec.intr.number + index)
+                lines.append(InterruptRow(intr, spec.name, cls.trigger.value, spec))
+    return Layout(
+        tuple(sorted(rows, key=lambda row: row.start)),
+        tuple(sorted(lines, key=lambda row: (row.intr.controller, row.intr.number))),
+    )
+
+
+def layout(spec: MachineSpec, board: Board, classes: Mapping[str, type[Vdev]]) -> Layout:
+    """The layout of a composed machine."""
+    return layout_of(board, spec.memory, spec.vdevs, classes)

@@ -1,0 +1,98 @@
+"""What the author of a virtio device subclasses (virtio 1.4, chapters 2 and 3).
+
+The device knows no transport: whether it hangs on MMIO, PCI or a vhost-user socket is the
+framework's business. Life of a device, beyond that of every vdev (``qvmcore.vdev``)::
+
+    device_features()      any        what to offer; constant while the VM runs
+    config_space()         any        the bytes of the device configuration now; constant length
+    config_write(...)      a vCPU     the driver wrote to it
+    refuse_features(...)   a vCPU     why a set of features cannot work (default: all can)
+    on_activate(features)  a vCPU     DRIVER_OK: the queues exist from here; must return at once
+    handle_queue(i, q)     worker     the driver offered buffers; also once after the activation
+    on_deactivate()        a vCPU     reset or end: the worker is idle, the queues are dead;
+                                      guest memory must not be touched from here on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from qvmcore.types import Trigger, Window
+from qvmcore.vdev import FdtNode, Vdev, VdevContext
+from qvmcore.virtio.queue import Virtqueue
+from qvmcore.virtio.state import VirtioState
+
+
+class VirtioVdev(Vdev):
+    """A virtio device.
+
+    Declared on the class: ``device_id`` (chapter 5) and ``queue_sizes``, the largest size of each
+    queue in entries, powers of two up to 1024. ``vendor_id`` is the subsystem vendor. The window,
+    the interrupt and the FDT node are those of virtio-mmio; another transport ignores them.
+
+    ``self.virtio`` offers ``features``, ``active``, ``queue(index)``, ``kick(index)``,
+    ``config_changed()`` and ``needs_reset(error)``: see :class:`~qvmcore.virtio.state.VirtioState`.
+    """
+
+    device_id: ClassVar[int]
+    queue_sizes: ClassVar[tuple[int, ...]]
+    vendor_id: ClassVar[int] = 0x1C05
+
+    # 4.2.1: the suggested binding gives a device 512 bytes; 8-byte accesses are never right (4.2.2.2).
+    windows = (Window(0x200, access=frozenset({1, 2, 4})),)
+    irqs = 1
+    # The line stays up while InterruptStatus is not zero (4.2.3.4).
+    trigger = Trigger.LEVEL
+    fdt_compatible = ("virtio,mmio",)
+
+    def __init__(self, ctx: VdevContext, options: Any) -> None:
+        super().__init__(ctx, options)
+        self.virtio = VirtioState(self)
+
+    def device_features(self) -> int:
+        """The device type's feature bits as one integer, bit n = ``1 << n``.
+
+        VERSION_1, INDIRECT_DESC and EVENT_IDX are the core's and are added by it.
+        """
+        return 0
+
+    def config_space(self) -> bytes:
+        """The device configuration (2.5) as it is now, always of the same length.
+
+        Must be quick and must not call ``self.virtio``.
+        """
+        return b""
+
+    def config_write(self, offset: int, data: bytes) -> None:
+        """The driver wrote ``data`` at ``offset``, wholly inside the configuration; default ignored."""
+
+    def refuse_features(self, features: int) -> str:
+        """Why this subset of the offered features cannot work; empty when it can (2.2.2)."""
+        return ""
+
+    def on_activate(self, features: int) -> None:
+        """The driver set DRIVER_OK with these negotiated features. A vCPU waits: return at once."""
+
+    def handle_queue(self, index: int, queue: Virtqueue) -> None:
+        """Serve the queue on the worker thread. Nothing is lost by leaving buffers in it.
+
+        GuestError puts the device into DEVICE_NEEDS_RESET; any other exception is a fault of the
+        device.
+        """
+        raise NotImplementedError(f"{type(self).__name__} serves no queue")
+
+    def on_deactivate(self) -> None:
+        """The driver reset the device, or the VM ends. Idempotent."""
+
+    def on_reset(self) -> None:
+        """The framework resets the device. Authors use :meth:`on_deactivate`."""
+        self.virtio.reset()
+
+    def describe_fdt(self, node: FdtNode) -> None:
+        """Guest and host see the same cached memory."""
+        node.set_flag("dma-coherent")
+
+    def status(self) -> Mapping[str, object]:
+        """Status byte, features and queue counters."""
+        return self.virtio.counters()

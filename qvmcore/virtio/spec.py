@@ -1,0 +1,69 @@
+"""Constants of the virtio 1.4 standard, named as there; the clause stands beside each group."""
+
+from __future__ import annotations
+
+from typing import Final
+
+# Device status, 2.1
+ACKNOWLEDGE: Final = 1
+DRIVER: Final = 2
+DRIVER_OK: Final = 4
+FEATURES_OK: Final = 8
+DEVICE_NEEDS_RESET: Final = 64
+FAILED: Final = 128
+
+# Reserved feature bits, 6 (bit numbers)
+VIRTIO_F_INDIRECT_DESC: Final = 28
+VIRTIO_F_EVENT_IDX: Final = 29
+VIRTIO_F_VERSION_1: Final = 32
+
+# Split virtqueue, 2.7.5 to 2.7.8
+VIRTQ_DESC_F_NEXT: Final = 1
+VIRTQ_DESC_F_WRITE: Final = 2
+VIRTQ_DESC_F_INDIRECT: Final = 4
+VIRTQ_AVAIL_F_NO_INTERRUPT: Final = 1
+VIRTQ_USED_F_NO_NOTIFY: Final = 1
+VIRTQ_DESC_SIZE: Final = 16
+VIRTQ_DESC_ALIGN: Final = 16
+VIRTQ_AVAIL_ALIGN: Final = 2
+VIRTQ_USED_ALIGN: Final = 4
+
+#: Longest descriptor chain in bytes, 2.7.5.2.
+CHAIN_BYTES_MAX: Final = 1 << 32
+
+# MMIO register layout, 4.2.2
+MMIO_MAGIC_VALUE: Final = 0x000
+MMIO_VERSION: Final = 0x004
+MMIO_DEVICE_ID: Final = 0x008
+MMIO_VENDOR_ID: Final = 0x00C
+MMIO_DEVICE_FEATURES: Final = 0x010
+MMIO_DEVICE_FEATURES_SEL: Final = 0x014
+MMIO_DRIVER_FEATURES: Final = 0x020
+MMIO_DRIVER_FEATURES_SEL: Final = 0x024
+MMIO_QUEUE_SEL: Final = 0x030
+MMIO_QUEUE_SIZE_MAX: Final = 0x034
+MMIO_QUEUE_SIZE: Final = 0x038
+MMIO_QUEUE_READY: Final = 0x044
+MMIO_QUEUE_NOTIFY: Final = 0x050
+MMIO_INTERRUPT_STATUS: Final = 0x060
+MMIO_INTERRUPT_ACK: Final = 0x064
+MMIO_STATUS: Final = 0x070
+MMIO_QUEUE_DESC_LOW: Final = 0x080
+MMIO_QUEUE_DESC_HIGH: Final = 0x084
+MMIO_QUEUE_DRIVER_LOW: Final = 0x090
+MMIO_QUEUE_DRIVER_HIGH: Final = 0x094
+MMIO_QUEUE_DEVICE_LOW: Final = 0x0A0
+MMIO_QUEUE_DEVICE_HIGH: Final = 0x0A4
+MMIO_SHM_SEL: Final = 0x0AC
+MMIO_SHM_LEN_LOW: Final = 0x0B0
+MMIO_SHM_LEN_HIGH: Final = 0x0B4
+MMIO_SHM_BASE_LOW: Final = 0x0B8
+MMIO_SHM_BASE_HIGH: Final = 0x0BC
+MMIO_QUEUE_RESET: Final = 0x0C0
+MMIO_CONFIG_GENERATION: Final = 0x0FC
+MMIO_CONFIG: Final = 0x100
+
+MMIO_MAGIC: Final = 0x74726976
+MMIO_VERSION_2: Final = 2
+MMIO_INT_VRING: Final = 1
+MMIO_INT_CONFIG: Final = 2

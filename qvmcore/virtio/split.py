@@ -1,0 +1,276 @@
+"""The split virtqueue, device side (virtio 1.4, 2.7).
+
+The three ring areas are looked up in guest memory once, at activation, and read through
+memoryview casts afterwards: a 16-bit view of the driver area, a 16-bit view of the device area,
+and a 64-bit view of the used elements, so each index and each used element is one load or store.
+Every buffer address goes through ``GuestMemory.view``; every walk is bounded by the queue size.
+
+Memory order: the interpreter neither reorders nor splits these accesses, and x86 keeps loads and
+stores in program order. The one order x86 does not keep, a store followed by a load of another
+address, matters twice (publish then ask for suppression, 2.7.13.4.1; re-arm then look again,
+2.7.10) and gets a locked instruction between: taking a lock is a full barrier there.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+import threading
+from collections.abc import Callable
+from typing import NoReturn
+
+from qvmcore.errors import BadDescriptorChain, GuestMemoryError
+from qvmcore.memory import GuestMemory
+from qvmcore.virtio import spec
+from qvmcore.virtio.chain import Chain
+from qvmcore.virtio.queue import Virtqueue
+
+if sys.byteorder != "little":
+    raise ImportError("qvmcore.virtio reads the little-endian rings directly: little-endian hosts only")
+
+_DESCRIPTOR = struct.Struct("<QIHH").unpack_from
+_NEXT, _WRITE, _INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
+
+
+class SplitRings:
+    """The three areas of one queue, checked: size, alignment (2.7) and place in guest memory.
+
+    Raises BadDescriptorChain or GuestMemoryError. Addresses are guest-physical bytes.
+    """
+
+    __slots__ = ("avail", "size", "table", "used", "used_elements")
+
+    def __init__(self, memory: GuestMemory, size: int, desc: int, driver: int, device: int) -> None:
+        for name, address, align in (
+            ("descriptor table", desc, spec.VIRTQ_DESC_ALIGN),
+            ("available ring", driver, spec.VIRTQ_AVAIL_ALIGN),
+            ("used ring", device, spec.VIRTQ_USED_ALIGN),
+        ):
+            if address % align:
+                raise BadDescriptorChain(f"{name} at {address:#x} is not a multiple of {align}")
+        self.size = size
+        self.table = memory.view(desc, spec.VIRTQ_DESC_SIZE * size)
+        self.avail = memory.view(driver, 6 + 2 * size).cast("H")
+        used = memory.view(device, 6 + 8 * size)
+        self.used = used.cast("H")
+        self.used_elements = used[4 : 4 + 8 * size].cast("Q")
+
+
+class SplitQueue(Virtqueue):
+    """A split virtqueue between DRIVER_OK and reset.
+
+    ``interrupt()`` signals a used buffer notification; ``on_error(error)`` is told of a broken
+    ring before BadDescriptorChain is raised. Positions count up without wrapping; only what is
+    stored in the rings wraps at 65536.
+    """
+
+    __slots__ = (
+        "_avail", "_dead", "_elements", "_event_idx", "_fence", "_indirect", "_interrupt", "_interrupts",
+        "_last", "_mask", "_newest", "_offered", "_on_error", "_pushed", "_roms", "_signalled", "_table",
+        "_used", "_view",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        index: int,
+        rings: SplitRings,
+        memory: GuestMemory,
+        features: int,
+        interrupt: Callable[[], None],
+        on_error: Callable[[BaseException], None],
+    ) -> None:
+        self.index = index
+        self.size = rings.size
+        self._mask = rings.size - 1
+        self._table = rings.table
+        self._avail = rings.avail
+        self._used = rings.used
+        self._elements = rings.used_elements
+        self._view = memory.view
+        self._roms = tuple((region.start, region.end) for region in memory.regions if region.rom)
+        self._event_idx = bool(features >> spec.VIRTIO_F_EVENT_IDX & 1)
+        self._indirect = bool(features >> spec.VIRTIO_F_INDIRECT_DESC & 1)
+        self._interrupt = interrupt
+        self._on_error = on_error
+        self._fence = threading.Lock()
+        self._dead = False
+        self._last = 0  # chains popped
+        self._offered = 0  # chains known to be offered
+        self._pushed = 0
+        self._signalled = 0  # value of _pushed at the last notify()
+        self._interrupts = 0
+        self._newest: Chain | None = None
+
+    def pop(self) -> Chain | None:
+        """See :meth:`Virtqueue.pop`. The fast path of every device: keep it flat."""
+        if self._dead:
+            return None
+        last = self._last
+        if last == self._offered and not self._look():
+            return None
+        size = self.size
+        head = index = self._avail[2 + (last & self._mask)]
+        view = self._view
+        table = self._table
+        entries = budget = size
+        readers: list[memoryview] = []
+        writers: list[memoryview] = []
+        readable = writable = 0
+        nested = False
+        try:
+            while True:
+                if index >= entries:
+                    raise BadDescriptorChain(f"descriptor index {index} is beyond the {entries} of its table")
+                address, length, flags, following = _DESCRIPTOR(table, index << 4)
+                if flags & _INDIRECT:
+                    # The reference's own WRITE flag means nothing (2.7.5.3.2).
+                    if nested or flags & _NEXT or not self._indirect:
+                        raise BadDescriptorChain(_indirect_fault(nested, flags))
+                    if length & 15 or not length:
+                        raise BadDescriptorChain(f"indirect table of {length} bytes, not of 16-byte entries")
+                    table = view(address, length)
+                    entries = length >> 4
+                    index = 0
+                    nested = True
+                    continue
+                if not budget:
+                    # Longer than the queue (2.7.5.3.1), which is also how a loop ends.
+                    raise BadDescriptorChain(f"chain longer than the queue size {size}")
+                budget -= 1
+                if flags & _WRITE:
+                    writable += length
+                    if length:
+                        writers.append(view(address, length))
+                        if self._roms:
+                            self._refuse_rom(address, length)
+                elif writers:
+                    raise BadDescriptorChain("device-readable descriptor behind a device-writable one")
+                else:
+                    readable += length
+                    if length:
+                        readers.append(view(address, length))
+                if not flags & _NEXT:
+                    break
+                index = following
+            if readable + writable > spec.CHAIN_BYTES_MAX:
+                raise BadDescriptorChain(f"chain of {readable + writable} bytes exceeds 2^32")
+        except (BadDescriptorChain, GuestMemoryError) as error:
+            self._fail(f"descriptor chain {head}: {error}")
+        self._last = last + 1
+        chain = self._newest = Chain(self, head, readers, readable, writers, writable)
+        return chain
+
+    def unpop(self, chain: Chain) -> None:
+        """See :meth:`Virtqueue.unpop`."""
+        if self._dead:
+            return
+        if chain is not self._newest or chain._queue is not self:
+            raise ValueError(f"queue {self.index}: chain {chain.head} is not the one popped last")
+        chain._queue = self._newest = None
+        self._last -= 1
+
+    def push(self, chain: Chain, written: int | None = None) -> None:
+        """See :meth:`Virtqueue.push`. The element is stored before the index that shows it (2.7.8.2)."""
+        if self._dead:
+            return
+        if written is None:
+            written = chain.written
+        if not 0 <= written <= chain.writable:
+            raise ValueError(f"queue {self.index}: {written} bytes written of {chain.writable} writable")
+        if chain._queue is not self:
+            self._refuse_push(chain)
+            return
+        chain._queue = None
+        pushed = self._pushed
+        # The length field has 32 bits; a buffer of exactly 2^32 bytes is under-reported (2.7.8.2 note).
+        self._elements[pushed & self._mask] = chain.head | min(written, 0xFFFFFFFF) << 32
+        self._pushed = pushed = pushed + 1
+        self._used[1] = pushed & 0xFFFF
+
+    def notify(self) -> None:
+        """See :meth:`Virtqueue.notify`; suppression as 2.7.7.2 says."""
+        new = self._pushed - self._signalled
+        if self._dead or not new:
+            return
+        self._signalled = self._pushed
+        with self._fence:
+            pass
+        if self._event_idx:
+            # The driver wants to know when the element at used_event is among the new ones.
+            wanted = new > (self._pushed - 1 - self._avail[2 + self.size]) & 0xFFFF
+        else:
+            wanted = not self._avail[0] & spec.VIRTQ_AVAIL_F_NO_INTERRUPT
+        if wanted:
+            self._interrupts += 1
+            self._interrupt()
+
+    def kill(self) -> None:
+        """See :meth:`Virtqueue.kill`."""
+        self._dead = True
+
+    @property
+    def dead(self) -> bool:
+        """Whether the queue has ended."""
+        return self._dead
+
+    @property
+    def pending(self) -> int:
+        """See :attr:`Virtqueue.pending`; a nonsensical index counts as a full ring until it is popped."""
+        return 0 if self._dead else min((self._avail[1] - self._last) & 0xFFFF, self.size)
+
+    def counters(self) -> dict[str, int]:
+        """See :meth:`Virtqueue.counters`."""
+        return {"popped": self._last, "pushed": self._pushed, "interrupts": self._interrupts}
+
+    def _look(self) -> bool:
+        """Whether the driver offers more. When not, it has been told to notify us of the next."""
+        last = self._last
+        seen = self._avail[1]
+        if seen == last & 0xFFFF:
+            # Everything is served: ask to be woken by the next chain, then look once more, or a
+            # chain offered just before the driver could see that would lie there unnoticed.
+            if self._event_idx:
+                self._used[2 + 4 * self.size] = seen
+            else:
+                self._used[0] = 0
+            with self._fence:
+                pass
+            seen = self._avail[1]
+            if seen == last & 0xFFFF:
+                return False
+        new = (seen - last) & 0xFFFF
+        # A driver can neither take chains back (2.7.6.1) nor offer more than it has descriptors,
+        # and those of the chains in flight are not free.
+        in_flight = last - self._pushed
+        if new + in_flight > self.size:
+            self._fail(f"{new} chains offered with {in_flight} in flight and a queue size of {self.size}")
+        if not self._event_idx:
+            self._used[0] = spec.VIRTQ_USED_F_NO_NOTIFY
+        self._offered = last + new
+        return True
+
+    def _fail(self, message: str) -> NoReturn:
+        error = BadDescriptorChain(f"queue {self.index}: {message}")
+        # What was served before the error still reaches the driver.
+        self.notify()
+        self._dead = True
+        self._on_error(error)
+        raise error from None
+
+    def _refuse_rom(self, address: int, length: int) -> None:
+        for start, end in self._roms:
+            if address < end and start < address + length:
+                raise BadDescriptorChain(f"device-writable buffer at {address:#x} is read-only memory")
+
+    def _refuse_push(self, chain: Chain) -> None:
+        """A chain of an earlier life is dropped in silence; anything else is a bug of the device."""
+        if chain._queue is None or not chain._queue.dead:
+            raise ValueError(f"queue {self.index}: chain {chain.head} was pushed twice, or elsewhere")
+
+
+def _indirect_fault(nested: bool, flags: int) -> str:
+    if nested:
+        return "indirect descriptor inside an indirect table"
+    if flags & _NEXT:
+        return "indirect descriptor with NEXT set"
+    return "indirect descriptor, but VIRTIO_F_INDIRECT_DESC was not negotiated"

@@ -1,0 +1,420 @@
+"""The device status machine of virtio 1.4, shared by all transports (2.1, 2.2, 2.4, 2.5, 3.1).
+
+A transport turns its registers into the calls of :class:`VirtioState`; the state tells it of
+interrupts through :class:`Transport`. Features are integers of any width, seen 32 bits at a time.
+
+Threads. Register calls come from vCPU threads (under the slot's lock), ``handle_queue`` runs on
+the device's worker, and termination has a thread of its own. Locks, in the order they are taken:
+
+1. the slot's lock (vCPU threads only);
+2. ``_control``: whoever changes the life of the device: status writes, queue stop, reset, end.
+   Held while the worker is waited for, so the worker must never take it;
+3. ``_lock``: status bits, configuration snapshot, queue table. Short; no call to the device but
+   ``config_space()`` inside;
+4. the transport's interrupt lock.
+
+Reset quiesces first: the queues die, the doorbells fall silent, then the worker is waited for and
+held still while ``on_deactivate`` runs. A worker that does not come within :data:`QUIESCE_TIMEOUT`
+may sit in ``preadv`` into guest memory, so the driver must never see such a reset completed: the
+device stays in DEVICE_NEEDS_RESET|FAILED and is reported as faulty.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from qvmcore.errors import GuestError, HostError, PluginError
+from qvmcore.events import EventFd
+from qvmcore.termination import Phase
+from qvmcore.types import GuestEnd
+from qvmcore.virtio import spec
+from qvmcore.virtio.park import parked
+from qvmcore.virtio.queue import Virtqueue
+from qvmcore.virtio.queue_setup import QueueSetup
+
+if TYPE_CHECKING:
+    from qvmcore.virtio.device import VirtioVdev
+
+#: Seconds a reset waits for the worker to leave the device's code.
+QUIESCE_TIMEOUT = 1.0
+
+#: Feature bits every device has, because the core implements them.
+CORE_FEATURES = (
+    1 << spec.VIRTIO_F_VERSION_1 | 1 << spec.VIRTIO_F_EVENT_IDX | 1 << spec.VIRTIO_F_INDIRECT_DESC
+)
+
+#: 32-bit feature words a driver may select; the standard allots bits up to 127 (2.2).
+FEATURE_WORDS = 32
+
+_DRIVER_BITS = spec.ACKNOWLEDGE | spec.DRIVER | spec.DRIVER_OK | spec.FEATURES_OK | spec.FAILED
+_WELCOME = spec.ACKNOWLEDGE | spec.DRIVER
+
+
+class Transport(Protocol):
+    """What the state machine needs of a transport; any thread, must not block."""
+
+    def interrupt_queue(self, index: int) -> None:
+        """Send a used buffer notification for a queue."""
+
+    def interrupt_config(self) -> None:
+        """Send a configuration change notification."""
+
+    def reset(self) -> None:
+        """Take back every interrupt not acknowledged yet."""
+
+
+class _NoTransport:
+    """Before a transport is attached nobody listens."""
+
+    def interrupt_queue(self, index: int) -> None:
+        """Nobody listens."""
+
+    def interrupt_config(self) -> None:
+        """Nobody listens."""
+
+    def reset(self) -> None:
+        """Nothing is pending."""
+
+
+class VirtioState:
+    """The life of one virtio device, and the services its author uses as ``self.virtio``."""
+
+    def __init__(self, vdev: VirtioVdev) -> None:
+        self._vdev = vdev
+        self._transport: Transport = _NoTransport()
+        self._control = threading.RLock()
+        self._lock = threading.Lock()
+        self._status = 0
+        self._driver_features = 0
+        self._beyond = False
+        self._features = 0
+        self._setups = tuple(QueueSetup(size) for size in _checked_sizes(vdev))
+        self._queues: list[Virtqueue | None] = [None] * len(self._setups)
+        self._doorbells: tuple[EventFd, ...] = ()
+        self._config: bytes | None = None
+        self._generation = 0
+        self._generation_seen = False
+        self._activated = False
+        self._hung = False
+        self._ended = False
+
+    # ---- services for the device ----------------------------------------------------------
+
+    @property
+    def features(self) -> int:
+        """The negotiated features; 0 before FEATURES_OK. Any thread."""
+        return self._features
+
+    @property
+    def active(self) -> bool:
+        """Whether the driver runs the device: DRIVER_OK and no error since. Any thread."""
+        status = self._status
+        return self._activated and not status & (spec.DEVICE_NEEDS_RESET | spec.FAILED)
+
+    def queue(self, index: int) -> Virtqueue | None:
+        """The live queue, or None when the device is not active or the driver set no such queue up."""
+        queue = self._queues[index]
+        return None if queue is None or queue.dead else queue
+
+    def kick(self, index: int) -> None:
+        """Have ``handle_queue`` called for a queue, as if the driver had notified. Any thread.
+
+        For work that starts on the host side, e.g. input that arrived. Ignored when not active.
+        """
+        if self._activated and index < len(self._doorbells):
+            self._doorbells[index].signal()
+
+    def config_changed(self) -> None:
+        """``config_space()`` returns something new: tell the driver (2.5, 3.2.1). Any thread.
+
+        The driver sees the new bytes and the new generation at once, never a mixture. Nothing
+        happens when the bytes are the same. The interrupt is sent from DRIVER_OK on (2.1.2).
+        """
+        with self._lock:
+            changed = self._refresh_config()
+            live = self._activated and not self._ended
+        if changed and live:
+            self._transport.interrupt_config()
+
+    def needs_reset(self, error: BaseException) -> None:
+        """An error only a reset can mend: DEVICE_NEEDS_RESET, the queues die (2.1.2). Any thread."""
+        with self._lock:
+            if self._status & spec.DEVICE_NEEDS_RESET:
+                return
+            self._status |= spec.DEVICE_NEEDS_RESET
+            live = bool(self._status & spec.DRIVER_OK)
+            self._kill_queues()
+        # Once per life of the device, so a hostile guest cannot fill the log faster than it resets.
+        self._vdev.ctx.log.warning("device needs a reset: %s", error)
+        if live:
+            self._transport.interrupt_config()
+
+    def counters(self) -> dict[str, object]:
+        """Status byte, features and per-queue counters, JSON-able. Any thread."""
+        queues = [{} if queue is None else queue.counters() for queue in self._queues]
+        return {"status": self._status, "features": f"{self._features:#x}", "queues": queues}
+
+    # ---- for transports: set-up -----------------------------------------------------------
+
+    def attach(self, transport: Transport) -> None:
+        """Connect the one transport, before the guest starts; allocates the doorbells."""
+        self._transport = transport
+        self._doorbells = tuple(EventFd() for _ in self._setups)
+        ctx = self._vdev.ctx
+        ctx.on_terminate(self._stop_dma, phase=Phase.STOP_DMA, deadline=QUIESCE_TIMEOUT + 1.0)
+        ctx.on_terminate(self._release, phase=Phase.RELEASE)
+
+    @property
+    def doorbells(self) -> Sequence[EventFd]:
+        """One wake-up per queue: signal it to notify the device, from any thread or process."""
+        return self._doorbells
+
+    @property
+    def offered(self) -> int:
+        """The features offered: the device's own and the core's."""
+        return self._vdev.device_features() | CORE_FEATURES
+
+    # ---- for transports: registers, on vCPU threads ---------------------------------------
+
+    @property
+    def status(self) -> int:
+        """The device status field (2.1)."""
+        return self._status
+
+    def device_features(self, word: int) -> int:
+        """Offered feature bits ``32 * word`` to ``32 * word + 31``; 0 beyond the last."""
+        return self.offered >> 32 * word & 0xFFFFFFFF if word < FEATURE_WORDS else 0
+
+    def write_driver_features(self, word: int, value: int) -> None:
+        """The driver accepts these 32 bits. Too late after FEATURES_OK (2.2): ignored."""
+        with self._control:
+            if self._status & spec.FEATURES_OK:
+                return
+            if word >= FEATURE_WORDS:
+                # Nothing is offered up there; remembered, not stored: the word number is the guest's.
+                self._beyond = self._beyond or value != 0
+                return
+            shift = 32 * word
+            self._driver_features = self._driver_features & ~(0xFFFFFFFF << shift) | value << shift
+
+    def write_status(self, value: int) -> None:
+        """The driver wrote the device status; 0 resets (2.4). Bits are never cleared otherwise (2.1.1)."""
+        with self._control:
+            if value == 0:
+                self.reset()
+                return
+            if self._hung or self._ended:
+                return
+            new = value & _DRIVER_BITS & ~self._status
+            with self._lock:
+                self._status |= new & (_WELCOME | spec.FAILED)
+                if new & spec.FAILED:
+                    self._kill_queues()
+            if new & spec.FEATURES_OK and self._features_ok():
+                with self._lock:
+                    self._features = self._driver_features
+                    self._status |= spec.FEATURES_OK
+            if new & spec.DRIVER_OK and not self._status & (spec.DEVICE_NEEDS_RESET | spec.FAILED):
+                self._activate()
+
+    def setup(self, index: int) -> QueueSetup | None:
+        """The driver-visible parameters of a queue, None when there is no such queue."""
+        return self._setups[index] if index < len(self._setups) else None
+
+    @property
+    def configurable(self) -> bool:
+        """Whether queues may be set up: between FEATURES_OK and DRIVER_OK (3.1.1 step 7)."""
+        return self._status & (spec.FEATURES_OK | spec.DRIVER_OK | spec.FAILED) == spec.FEATURES_OK
+
+    def write_queue_ready(self, index: int, value: int) -> None:
+        """1 checks and enables a queue during set-up, 0 stops it and waits until it is quiet.
+
+        An unusable queue stays at 0 and puts the device into DEVICE_NEEDS_RESET.
+        """
+        with self._control:
+            setup = self.setup(index)
+            if setup is None:
+                return
+            if value & 1:
+                if self.configurable and not setup.ready:
+                    try:
+                        setup.enable(self._vdev.ctx.memory)
+                    except GuestError as error:
+                        self.needs_reset(type(error)(f"queue {index}: {error}"))
+                return
+            queue = self._queues[index]
+            if queue is not None and setup.ready:
+                queue.kill()
+                if not self._quiesce(lambda: None):
+                    return
+            setup.ready = False
+
+    def notify(self, index: int) -> None:
+        """The driver notified a queue. A number without a queue, or before DRIVER_OK: ignored (2.1.2)."""
+        self.kick(index)
+
+    @property
+    def generation(self) -> int:
+        """The configuration generation (2.5), counting up without a limit; transports cut it."""
+        with self._lock:
+            self._generation_seen = True
+            return self._generation
+
+    def read_config(self, offset: int, size: int) -> int:
+        """``size`` bytes of the device configuration, little-endian; zero behind its end."""
+        with self._lock:
+            if self._config is None:
+                self._config = self._vdev.config_space()
+            self._generation_seen = True
+            return int.from_bytes(self._config[offset : offset + size], "little")
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        """The driver writes the device configuration; dropped unless wholly inside it."""
+        with self._control:
+            length = len(self._config if self._config is not None else self._vdev.config_space())
+            if offset + size > length or self._hung or self._ended:
+                return
+            self._vdev.config_write(offset, value.to_bytes(size, "little"))
+            with self._lock:
+                self._refresh_config()
+
+    def reset(self) -> None:
+        """Back to the fresh state (2.4). Any thread but with care: waits for the worker, bounded."""
+        with self._control:
+            if self._hung or self._ended:
+                return
+            self._silence()
+            if self._activated and not self._quiesce(self._vdev.on_deactivate):
+                return
+            with self._lock:
+                self._activated = False
+                self._status = 0
+                self._driver_features = self._features = 0
+                self._beyond = False
+                self._queues = [None] * len(self._setups)
+                for setup in self._setups:
+                    setup.reset()
+                self._refresh_config()
+            self._transport.reset()
+
+    # ---- inside ----------------------------------------------------------------------------
+
+    def _features_ok(self) -> bool:
+        """Whether the driver's choice is acceptable (2.2.2, 3.1.1 steps 5 and 6; 6.2 for VERSION_1)."""
+        chosen = self._driver_features
+        if self._status & _WELCOME != _WELCOME:
+            reason = "ACKNOWLEDGE and DRIVER are not set"
+        elif self._beyond or chosen & ~self.offered:
+            reason = f"features {chosen & ~self.offered:#x} were not offered"
+        elif not chosen >> spec.VIRTIO_F_VERSION_1 & 1:
+            reason = "VIRTIO_F_VERSION_1 was not accepted"
+        else:
+            reason = self._vdev.refuse_features(chosen)
+        if reason:
+            self._vdev.ctx.log.debug("FEATURES_OK refused: %s", reason)
+        return not reason
+
+    def _activate(self) -> None:
+        if not self._status & spec.FEATURES_OK or self._activated:
+            return
+        vdev = self._vdev
+        for index, setup in enumerate(self._setups):
+            if setup.ready:
+                self._queues[index] = setup.make(
+                    index, vdev.ctx.memory, self._features, self._interrupter(index), self.needs_reset
+                )
+        with self._lock:
+            self._status |= spec.DRIVER_OK
+            self._activated = True
+        try:
+            vdev.on_activate(self._features)
+        except Exception as error:
+            self.needs_reset(error)
+            raise
+        for index, doorbell in enumerate(self._doorbells):
+            if self._queues[index] is not None:
+                vdev.ctx.worker.watch(doorbell.fd, self._server(index))
+                # Buffers offered before DRIVER_OK came without a notification.
+                doorbell.signal()
+
+    def _interrupter(self, index: int) -> Callable[[], None]:
+        transport = self._transport
+        return lambda: transport.interrupt_queue(index)
+
+    def _server(self, index: int) -> Callable[[], None]:
+        """What the worker does for a ring of the doorbell: drain the queue, then one notification."""
+        doorbell, queues, handle = self._doorbells[index], self._queues, self._vdev.handle_queue
+
+        def serve() -> None:
+            doorbell.drain()
+            queue = queues[index]
+            if queue is None or queue.dead:
+                return
+            try:
+                handle(index, queue)
+            except GuestError as error:
+                self.needs_reset(error)
+            finally:
+                queue.notify()
+
+        return serve
+
+    def _refresh_config(self) -> bool:
+        """Take a new snapshot of the configuration; whether it differs. ``_lock`` is held."""
+        old, self._config = self._config, self._vdev.config_space()
+        if old is None or old == self._config:
+            return False
+        if self._generation_seen:
+            # Nobody can mix two versions he did not look at, so an unread generation is not spent.
+            self._generation += 1
+            self._generation_seen = False
+        return True
+
+    def _kill_queues(self) -> None:
+        for queue in self._queues:
+            if queue is not None:
+                queue.kill()
+
+    def _silence(self) -> None:
+        self._kill_queues()
+        if self._activated:
+            for doorbell in self._doorbells:
+                self._vdev.ctx.worker.unwatch(doorbell.fd)
+
+    def _quiesce(self, then: Callable[[], None]) -> bool:
+        """Run ``then`` with the worker idle; False, and the device is lost, when it does not come."""
+        vdev = self._vdev
+        with parked(vdev.ctx.worker, QUIESCE_TIMEOUT) as idle:
+            if idle:
+                then()
+                return True
+        self._hung = True
+        with self._lock:
+            self._status |= spec.DEVICE_NEEDS_RESET | spec.FAILED
+            self._kill_queues()
+        vdev.ctx.fault(HostError(f"the device did not stop within {QUIESCE_TIMEOUT:g} s of its reset"))
+        return False
+
+    def _stop_dma(self, end: GuestEnd) -> None:
+        """The VM ends: no access to guest memory and no interrupt after this returns."""
+        with self._control:
+            if self._ended:
+                return
+            self._ended = True
+            self._silence()
+            if self._activated and not self._hung and not self._quiesce(self._vdev.on_deactivate):
+                raise HostError(f"{self._vdev.ctx.name}: the worker still runs and may use guest memory")
+
+    def _release(self, end: GuestEnd) -> None:
+        for doorbell in self._doorbells:
+            doorbell.close()
+
+
+def _checked_sizes(vdev: VirtioVdev) -> tuple[int, ...]:
+    """``queue_sizes``, refused when the ring format or IOV_MAX could not follow."""
+    for size in vdev.queue_sizes:
+        if not 1 <= size <= 1024 or size & (size - 1):
+            raise PluginError(f"{vdev.vdev_type}: queue sizes are powers of two up to 1024, not {size}")
+    return vdev.queue_sizes

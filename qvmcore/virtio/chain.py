@@ -55,7 +55,7 @@ class Chain:
             first = readers[0]
             if 0 <= n <= len(first):
                 self._read = n
-                return bytes(first[:n])
+                return first[:n].tobytes()
         left = self.readable - start
         count = left if n is None else min(max(n, 0), left)
         self._read = start + count
@@ -83,7 +83,10 @@ class Chain:
 
         Fill them with ``os.preadv`` and report the count to :meth:`advance` or ``queue.push``.
         """
-        return _cut(self.writers, self.written, self.writable - keep)
+        writers = self.writers
+        if self.written == 0 and writers and len(writers[-1]) == keep:
+            return list(writers[:-1])
+        return _cut(writers, self.written, self.writable - keep)
 
     def advance(self, count: int) -> None:
         """Count ``count`` more bytes as written, after they were filled through :meth:`room`."""

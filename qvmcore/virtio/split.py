@@ -3,7 +3,8 @@
 The three ring areas are looked up in guest memory once, at activation, and read through
 memoryview casts afterwards: a 16-bit view of the driver area, a 16-bit view of the device area,
 and a 64-bit view of the used elements, so each index and each used element is one load or store.
-Every buffer address goes through ``GuestMemory.view``; every walk is bounded by the queue size.
+Every buffer address goes through ``GuestMemory.view``, or through the same check against the
+largest region, inlined; every walk is bounded by the queue size.
 
 Memory order: the interpreter neither reorders nor splits these accesses, and x86 keeps loads and
 stores in program order. The one order x86 does not keep, a store followed by a load of another
@@ -66,8 +67,8 @@ class SplitQueue(Virtqueue):
 
     __slots__ = (
         "_avail", "_dead", "_elements", "_event_idx", "_fence", "_indirect", "_interrupt", "_interrupts",
-        "_last", "_mask", "_newest", "_offered", "_on_error", "_pushed", "_roms", "_signalled", "_table",
-        "_used", "_view",
+        "_last", "_mask", "_newest", "_offered", "_on_error", "_pushed", "_region", "_roms", "_signalled",
+        "_table", "_used", "_view",
     )  # fmt: skip
 
     def __init__(
@@ -87,6 +88,9 @@ class SplitQueue(Virtqueue):
         self._used = rings.used
         self._elements = rings.used_elements
         self._view = memory.view
+        # The largest region holds nearly every buffer; checked here it saves a call per descriptor.
+        largest = max(memory.regions, key=lambda region: region.size)
+        self._region = (largest.start, largest.size, largest.view)
         self._roms = tuple((region.start, region.end) for region in memory.regions if region.rom)
         self._event_idx = bool(features >> spec.VIRTIO_F_EVENT_IDX & 1)
         self._indirect = bool(features >> spec.VIRTIO_F_INDIRECT_DESC & 1)
@@ -111,47 +115,51 @@ class SplitQueue(Virtqueue):
         size = self.size
         head = index = self._avail[2 + (last & self._mask)]
         view = self._view
+        start, span, ram = self._region
         table = self._table
-        entries = budget = size
+        entries = size
         readers: list[memoryview] = []
         writers: list[memoryview] = []
         readable = writable = 0
-        nested = False
         try:
-            while True:
+            # At most as many elements as the queue has entries (2.7.5.3.1), which is also how a
+            # loop ends, and one reference to an indirect table.
+            for _ in range(size + 1):
                 if index >= entries:
                     raise BadDescriptorChain(f"descriptor index {index} is beyond the {entries} of its table")
                 address, length, flags, following = _DESCRIPTOR(table, index << 4)
                 if flags & _INDIRECT:
                     # The reference's own WRITE flag means nothing (2.7.5.3.2).
-                    if nested or flags & _NEXT or not self._indirect:
-                        raise BadDescriptorChain(_indirect_fault(nested, flags))
-                    if length & 15 or not length:
-                        raise BadDescriptorChain(f"indirect table of {length} bytes, not of 16-byte entries")
+                    self._check_indirect(length, flags, table)
                     table = view(address, length)
                     entries = length >> 4
                     index = 0
-                    nested = True
                     continue
-                if not budget:
-                    # Longer than the queue (2.7.5.3.1), which is also how a loop ends.
-                    raise BadDescriptorChain(f"chain longer than the queue size {size}")
-                budget -= 1
+                # A buffer of no bytes is legal and useless: it is skipped.
                 if flags & _WRITE:
-                    writable += length
                     if length:
-                        writers.append(view(address, length))
+                        writable += length
+                        offset = address - start
+                        if 0 <= offset <= span - length:
+                            writers.append(ram[offset : offset + length])
+                        else:
+                            writers.append(view(address, length))
                         if self._roms:
                             self._refuse_rom(address, length)
                 elif writers:
                     raise BadDescriptorChain("device-readable descriptor behind a device-writable one")
-                else:
+                elif length:
                     readable += length
-                    if length:
+                    offset = address - start
+                    if 0 <= offset <= span - length:
+                        readers.append(ram[offset : offset + length])
+                    else:
                         readers.append(view(address, length))
                 if not flags & _NEXT:
                     break
                 index = following
+            else:
+                raise BadDescriptorChain(f"chain longer than the queue size {size}")
             if readable + writable > spec.CHAIN_BYTES_MAX:
                 raise BadDescriptorChain(f"chain of {readable + writable} bytes exceeds 2^32")
         except (BadDescriptorChain, GuestMemoryError) as error:
@@ -257,6 +265,17 @@ class SplitQueue(Virtqueue):
         self._on_error(error)
         raise error from None
 
+    def _check_indirect(self, length: int, flags: int, table: memoryview) -> None:
+        """The rules of 2.7.5.3.1 for a descriptor that refers to an indirect table."""
+        if not self._indirect:
+            raise BadDescriptorChain("indirect descriptor, but VIRTIO_F_INDIRECT_DESC was not negotiated")
+        if table is not self._table:
+            raise BadDescriptorChain("indirect descriptor inside an indirect table")
+        if flags & _NEXT:
+            raise BadDescriptorChain("indirect descriptor with NEXT set")
+        if length & 15 or not length:
+            raise BadDescriptorChain(f"indirect table of {length} bytes, not of 16-byte entries")
+
     def _refuse_rom(self, address: int, length: int) -> None:
         for start, end in self._roms:
             if address < end and start < address + length:
@@ -266,11 +285,3 @@ class SplitQueue(Virtqueue):
         """A chain of an earlier life is dropped in silence; anything else is a bug of the device."""
         if chain._queue is None or not chain._queue.dead:
             raise ValueError(f"queue {self.index}: chain {chain.head} was pushed twice, or elsewhere")
-
-
-def _indirect_fault(nested: bool, flags: int) -> str:
-    if nested:
-        return "indirect descriptor inside an indirect table"
-    if flags & _NEXT:
-        return "indirect descriptor with NEXT set"
-    return "indirect descriptor, but VIRTIO_F_INDIRECT_DESC was not negotiated"

@@ -47,21 +47,30 @@ def _own_methods(
     )
 
 
-def bind(slots: Sequence[VdevSlot], host: PluginHost, bus: AddressSpace, guest: Guest) -> None:
-    """Bind every window and line of every vdev. Raises ConfigError or PluginError."""
+def bind_irqs(slots: Sequence[VdevSlot], host: PluginHost, guest: Guest) -> None:
+    """Bind every interrupt line, before any vdev is configured: its worker may signal at once."""
     for slot in slots:
-        spec, vdev = slot.spec, slot.vdev
-        if spec.intr is not None:
-            for index in range(slot.cls.irqs):
-                intr = IntrSpec(spec.intr.controller, spec.intr.number + index)
-                slot.lines[index] = host.bind_irq(vdev, index, intr, guest)
+        intr = slot.spec.intr
+        for index in range(slot.cls.irqs if intr is not None else 0):
+            assert intr is not None
+            line = IntrSpec(intr.controller, intr.number + index)
+            slot.lines[index] = host.bind_irq(slot.vdev, index, line, guest)
+
+
+def bind_windows(slots: Sequence[VdevSlot], host: PluginHost, bus: AddressSpace) -> None:
+    """Bind every window and freeze the bus. Raises ConfigError or PluginError."""
+    for slot in slots:
+        spec = slot.spec
         base = spec.loc
         for index, window in enumerate(slot.cls.windows):
-            handler = host.bind_mmio(vdev, index, window)
+            handler = host.bind_mmio(slot.vdev, index, window)
             if not isinstance(handler, MmioHandler):
                 raise PluginError(f"{spec.where}: qvm_bind_mmio gave {handler!r}, not an MmioHandler")
             if base is None:
-                problem = Diagnostic(spec.source.file, spec.source.line, spec.where, "no loc for its registers")
+                problem = Diagnostic(
+                    spec.source.file, spec.source.line, spec.where, "no loc for its registers"
+                )
                 raise ConfigError([problem])
             bus.insert(base, window, slot.guard(handler), spec.name)
             base += window.size
+    bus.freeze()

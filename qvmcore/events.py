@@ -23,17 +23,17 @@ class EventFd:
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._lock = threading.Lock()
 
     def signal(self) -> None:
-        """Wake whoever waits; wake-ups that nobody took yet add up to one."""
-        try:
-            os.eventfd_write(self.fd, 1)
-        except (BlockingIOError, OSError):
-            # Full counter: it is signalled already. Closed: the owner is gone, nobody waits.
-            pass
+        """Wake whoever waits; nothing once closed."""
+        # The lock keeps a late signal from reaching whatever got the closed descriptor's number.
+        with self._lock:
+            if self.fd >= 0:
+                os.eventfd_write(self.fd, 1)
 
     def drain(self) -> int:
-        """Take all wake-ups; 0 when there was none."""
+        """Take all wake-ups, how many there were; the owner's thread only."""
         try:
             return os.eventfd_read(self.fd)
         except BlockingIOError:
@@ -41,9 +41,10 @@ class EventFd:
 
     def close(self) -> None:
         """Close the descriptor; idempotent."""
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            os.close(fd)
+        with self._lock:
+            if self.fd >= 0:
+                os.close(self.fd)
+                self.fd = -1
 
 
 class Worker:
@@ -82,10 +83,13 @@ class Worker:
         """Call the given functions on the worker thread while ``fd`` is ready; replaces a former watch.
 
         A hang-up or error of ``fd`` counts as readable, or as writable if only that is watched.
-        Raises OSError for a descriptor that cannot be polled (a regular file).
+        Nothing happens once the worker is stopped. Raises OSError for a descriptor that cannot be
+        polled (a regular file).
         """
         mask = (select.EPOLLIN if on_readable else 0) | (select.EPOLLOUT if on_writable else 0)
         with self._lock:
+            if self._epoll.closed:
+                return
             if fd in self._watched:
                 self._epoll.modify(fd, mask)
             else:
@@ -96,7 +100,7 @@ class Worker:
     def unwatch(self, fd: int) -> None:
         """Stop watching ``fd``; harmless when it is not watched or closed already."""
         with self._lock:
-            if self._watched.pop(fd, None) is not None:
+            if self._watched.pop(fd, None) is not None and not self._epoll.closed:
                 try:
                     self._epoll.unregister(fd)
                 except OSError:

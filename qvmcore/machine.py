@@ -11,15 +11,15 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qvmcore import boards
-from qvmcore.bind import DefaultBindings, bind
+from qvmcore.bind import DefaultBindings, bind_irqs, bind_windows
 from qvmcore.boards import Board, DescribedVdev
 from qvmcore.bus import AddressSpace
 from qvmcore.engine import Engine, Guest, GuestConfig
-from qvmcore.errors import EngineError, QvmError
+from qvmcore.errors import EngineError
 from qvmcore.load import load_guest
 from qvmcore.memory import GuestMemory
 from qvmcore.plugins import PluginHost
@@ -135,14 +135,17 @@ class Machine:
         )
         guest = engine.create_guest(config)
         self._guest = guest
-        bind(self.slots, self._host, bus, guest)
-        bus.freeze()
+        bind_irqs(self.slots, self._host, guest)
         for callback in self._host.termination_callbacks(self):
             self.plan.add(callback)
         for slot in self.slots:
             slot.configure(memory)
+        bind_windows(self.slots, self._host, bus)
         entry = load_guest(
-            self.spec.load, memory, self.board, lambda placed: self.board.build_fdt(self.spec, self._described(), placed)
+            self.spec.load,
+            memory,
+            self.board,
+            lambda placed: self.board.build_fdt(self.spec, self._described(), placed),
         )
         for slot in self.slots:
             slot.vdev.on_starting()
@@ -166,7 +169,9 @@ class Machine:
     def _wait(self) -> GuestEnd:
         deadline: float | None = None
         while True:
-            timeout = WATCH_PERIOD if deadline is None else max(0.0, min(WATCH_PERIOD, deadline - time.monotonic()))
+            timeout = (
+                WATCH_PERIOD if deadline is None else max(0.0, min(WATCH_PERIOD, deadline - time.monotonic()))
+            )
             try:
                 event = self._events.get(timeout=timeout)
             except queue.Empty:
@@ -174,7 +179,8 @@ class Machine:
                     slot.interrupt_if_hung()
                 if deadline is not None and time.monotonic() >= deadline:
                     return GuestEnd(
-                        Reason.POWER_CUT, f"the guest did not power off within {self.spec.shutdown_timeout:g} s"
+                        Reason.POWER_CUT,
+                        f"the guest did not power off within {self.spec.shutdown_timeout:g} s",
                     )
                 continue
             if isinstance(event, GuestEnd):
@@ -186,8 +192,11 @@ class Machine:
             elif deadline is not None:
                 return GuestEnd(Reason.POWER_CUT, f"power cut by a second {event}")
             elif self._button():
-                log.info("%s: asked the guest to power off; cutting the power in %g s, or on a second request",
-                         event, self.spec.shutdown_timeout)
+                log.info(
+                    "%s: asked the guest to power off; cutting the power in %g s, or on a second request",
+                    event,
+                    self.spec.shutdown_timeout,
+                )
                 deadline = time.monotonic() + self.spec.shutdown_timeout
             else:
                 return GuestEnd(Reason.POWER_CUT, f"{event}: no vdev can tell the guest; power cut")
@@ -198,7 +207,9 @@ class Machine:
         for slot in self.slots:
             if slot.faulted:
                 continue
-            thread = threading.Thread(target=_press, args=(slot, told), name=f"button-{slot.name}", daemon=True)
+            thread = threading.Thread(
+                target=_press, args=(slot, told), name=f"button-{slot.name}", daemon=True
+            )
             thread.start()
             threads.append(thread)
         deadline = time.monotonic() + BUTTON_TIMEOUT
@@ -214,18 +225,23 @@ class Machine:
                 status: object = dict(slot.vdev.status())
             except Exception as error:
                 status = f"status() raised {type(error).__name__}: {error}"
-            log.info("status: %s (%s)%s: %s", slot.name, slot.spec.type, " FAILED" if slot.faulted else "", status)
+            log.info(
+                "status: %s (%s)%s: %s", slot.name, slot.spec.type, " FAILED" if slot.faulted else "", status
+            )
 
     # -- end -----------------------------------------------------------------------------------
 
     def _terminate(self, end: GuestEnd) -> tuple[bool, tuple[StepResult, ...]]:
         guest = self._guest
-        stopped = guest is None or _isolated("stop the vCPUs", lambda: guest.stop(VCPU_STOP_TIMEOUT))
+        stopped = guest is None or _stop(guest)
         if not stopped:
             log.error("end: a vCPU did not stop within %g s; going on without it", VCPU_STOP_TIMEOUT)
         steps = self.plan.run(end)
         if guest is not None and stopped:
-            _isolated("close the engine", lambda: guest.close() is None)
+            try:
+                guest.close()
+            except Exception:
+                log.exception("end: cannot close the engine")
             workers_quiet = all(s.verdict == "ok" for s in steps if s.phase <= Phase.STOP_WORKERS)
             if workers_quiet:
                 # With a thread still inside guest memory the mapping stays until the process ends.
@@ -241,9 +257,10 @@ def _press(slot: VdevSlot, told: list[str]) -> None:
         slot.fault(error)
 
 
-def _isolated(what: str, action: Callable[[], bool]) -> bool:
+def _stop(guest: Guest) -> bool:
     try:
-        return action()
+        return guest.stop(VCPU_STOP_TIMEOUT)
     except Exception:
-        log.exception("end: cannot %s", what)
+        # An engine's fault must not keep the physical devices from being quiesced.
+        log.exception("end: cannot stop the vCPUs")
         return False

@@ -90,7 +90,7 @@ class PluginHost:
             seen.add(name)
             self._read(name, dist)
 
-    def _read(self, name: str, dist: importlib_metadata.Distribution) -> None:
+    def _read(self, name: str, dist: Any) -> None:
         for point in dist.entry_points:
             match = _GROUP.fullmatch(point.group)
             if match is None:
@@ -203,12 +203,15 @@ class PluginHost:
         point = next(point for item, point in points if item.distribution == info.distribution)
         key = f"{point.module}:{point.attr}"
         if key not in self._modules:
+            module = None
             try:
                 module = point.load()
                 self._manager.register(module)
                 self._manager.check_pending()
             except Exception as error:
                 # Whatever a foreign module raises at import is that plugin's problem alone.
+                if self._manager.is_registered(module):
+                    self._manager.unregister(module)
                 raise self._fail(info, f"{type(error).__name__}: {error}") from error
             self._modules[key] = module
         return info, self._modules[key]
@@ -248,7 +251,9 @@ class PluginHost:
             return PluginError(subject, hint=close)
         if missing:
             wanted = missing.split("'")[1]
-            return PluginError(subject, hint=f"{missing} it comes with {KNOWN[wanted]}: pip install {KNOWN[wanted]}")
+            return PluginError(
+                subject, hint=f"{missing} it comes with {KNOWN[wanted]}: pip install {KNOWN[wanted]}"
+            )
         return PluginError(subject, hint=f"installed: {', '.join(sorted(installed)) or 'none'}")
 
     # -- the hooks, typed ----------------------------------------------------------------------

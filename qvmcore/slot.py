@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qvmcore.bus import all_ones
@@ -65,6 +66,7 @@ class VdevSlot:
         self.spec = spec
         self.cls = cls
         self.name = spec.name
+        self.base_dir = Path(spec.source.file).parent.absolute()
         self.memory = GuestMemory()
         self.log = logging.LoggerAdapter(logging.getLogger(f"qvm.vdev.{spec.type}"), {"vdev": spec.name})
         self.faulted = ""
@@ -129,7 +131,9 @@ class VdevSlot:
             if self.faulted:
                 return
             self.faulted = f"{type(error).__name__}: {error}"
-        detail = str(error) if isinstance(error, QvmError) else "".join(traceback.format_exception(error)).strip()
+        detail = (
+            str(error) if isinstance(error, QvmError) else "".join(traceback.format_exception(error)).strip()
+        )
         self.log.error("%s failed and is isolated: %s", self.spec.where, detail)
         for line in self.lines:
             line.set(False)
@@ -144,7 +148,9 @@ class VdevSlot:
         """Give the vdev its memory, plan its end, and let it open its host resources."""
         self.memory = memory
         self._threads_allowed = True
-        self._plan.add(TerminationCallback(self.name, Phase.STOP_WORKERS, self._stop_worker, END_DEADLINE + 0.5))
+        self._plan.add(
+            TerminationCallback(self.name, Phase.STOP_WORKERS, self._stop_worker, END_DEADLINE + 0.5)
+        )
         self._plan.add(TerminationCallback(self.name, Phase.RELEASE, self.vdev.on_terminate, END_DEADLINE))
         self.vdev.on_configured()
 
@@ -200,8 +206,12 @@ class VdevSlot:
             return
         frame = sys._current_frames().get(busy[1])
         stack = "".join(traceback.format_stack(frame)).strip() if frame else ""
-        self.log.error("%s: a register handler runs for %.0f s; interrupting it at\n%s",
-                       self.spec.where, HANDLER_PATIENCE, stack)
+        self.log.error(
+            "%s: a register handler runs for %.0f s; interrupting it at\n%s",
+            self.spec.where,
+            HANDLER_PATIENCE,
+            stack,
+        )
         self._busy = (time.monotonic(), busy[1])
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(busy[1]), ctypes.py_object(VdevHung))
 

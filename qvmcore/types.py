@@ -165,7 +165,8 @@ class LoadSpec:
 class VdevSpec:
     """One ``[[vdev]]`` table: the common keys, and the vdev's own options.
 
-    ``options`` is the validated instance of the vdev class's ``Options`` struct. ``loc`` is a guest-physical address in bytes; ``implicit`` marks a vdev the board adds itself.
+    ``options`` is the validated instance of the vdev class's ``Options`` struct. ``loc`` is a
+    guest-physical address in bytes; ``implicit`` marks a vdev the board adds itself.
     """
 
     type: str

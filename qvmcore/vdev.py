@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import msgspec
@@ -64,6 +65,8 @@ class VdevContext(Protocol):
     name: str
     memory: GuestMemory
     log: logging.LoggerAdapter[logging.Logger]
+    #: Where relative host paths in the options start: the directory of the VM file.
+    base_dir: Path
 
     @property
     def worker(self) -> Worker:

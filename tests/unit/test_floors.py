@@ -20,7 +20,9 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"virtio"}),
     frozenset({"hookspecs", "api"}),
     frozenset({"plugins"}),
-    frozenset({"compose", "toml_source", "layout", "bind", "slot", "boards", "fdt", "load", "signals", "dump"}),
+    frozenset(
+        {"compose", "toml_source", "layout", "bind", "slot", "boards", "fdt", "load", "signals", "dump"}
+    ),
     frozenset({"machine"}),
     frozenset({"cli"}),
 )

@@ -97,6 +97,7 @@ class Pl011(Vdev):
             log=ctx.log,
             name=ctx.name,
             escape=escape,
+            base=ctx.base_dir,
         )
         ctx.on_terminate(self._drain, phase=Phase.FLUSH)
 
@@ -118,7 +119,8 @@ class Pl011(Vdev):
             return self._flags()
         values = {
             RSR: 0, ILPR: self._ilpr, IBRD: self._ibrd, FBRD: self._fbrd, LCR_H: self._lcr, CR: self._cr,
-            IFLS: self._ifls, IMSC: self._mask, RIS: self._raw, MIS: self._raw & self._mask, DMACR: self._dmacr,
+            IFLS: self._ifls, IMSC: self._mask, RIS: self._raw, MIS: self._raw & self._mask,
+            DMACR: self._dmacr,
         }  # fmt: skip
         if offset in values:
             return values[offset]

@@ -1,0 +1,118 @@
+"""Worker and EventFd."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+
+from qvmcore.events import EventFd, Worker
+
+
+def make() -> tuple[Worker, list[BaseException]]:
+    errors: list[BaseException] = []
+    return Worker("test", errors.append), errors
+
+
+def test_eventfd_adds_up_to_one_wake_up() -> None:
+    event = EventFd()
+    event.signal()
+    event.signal()
+    assert event.drain() == 2
+    assert event.drain() == 0
+    event.close()
+    event.close()
+    event.signal()  # after close: nobody waits, nothing is written to a stranger's descriptor
+
+
+def test_worker_reads_a_pipe_and_survives_an_exception() -> None:
+    worker, errors = make()
+    reader, writer = os.pipe()
+    got: list[bytes] = []
+    arrived = threading.Event()
+
+    def readable() -> None:
+        got.append(os.read(reader, 100))
+        arrived.set()
+        if got[-1] == b"bad":
+            raise RuntimeError("boom")
+
+    worker.watch(reader, readable)
+    for text in (b"bad", b"good"):
+        arrived.clear()
+        os.write(writer, text)
+        assert arrived.wait(10)
+    assert got == [b"bad", b"good"]
+    assert worker.stop(10)
+    assert [str(error) for error in errors] == ["boom"]
+    os.close(reader)
+    os.close(writer)
+
+
+def test_calls_and_timers_run_in_order_on_the_worker_thread() -> None:
+    worker, _ = make()
+    seen: list[tuple[str, int]] = []
+    done = threading.Event()
+
+    def note(text: str) -> None:
+        seen.append((text, threading.get_ident()))
+
+    worker.call_later(0.02, lambda: (note("timer"), done.set()))
+    worker.call(lambda: note("call"))
+    assert done.wait(10)
+    assert [text for text, _ in seen] == ["call", "timer"]
+    assert {ident for _, ident in seen} == {worker.ident}
+    assert worker.stop(10)
+
+
+def test_stop_leaves_no_descriptor_and_no_thread() -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        worker, _ = make()
+        worker.call(lambda: None)
+        assert worker.stop(10)
+        assert not worker.alive
+    assert set(os.listdir("/proc/self/fd")) <= before | {str(max(map(int, before)) + 1)}
+
+
+def test_stop_of_a_worker_that_hangs_says_so() -> None:
+    worker, _ = make()
+    release, entered = threading.Event(), threading.Event()
+    worker.call(lambda: (entered.set(), release.wait(60)))
+    assert entered.wait(10)
+    assert not worker.stop(0.05)
+    release.set()
+    assert worker.stop(10)
+
+
+def test_stop_before_any_use_and_twice() -> None:
+    worker, _ = make()
+    assert worker.stop(1)
+    worker.call(lambda: pytest.fail("a stopped worker runs nothing"))
+    assert not worker.alive
+
+
+def test_unwatch_of_a_closed_descriptor_is_harmless() -> None:
+    worker, errors = make()
+    reader, writer = os.pipe()
+    worker.watch(reader, lambda: None)
+    os.close(reader)
+    worker.unwatch(reader)
+    worker.unwatch(reader)
+    os.close(writer)
+    assert worker.stop(10)
+    assert errors == []
+
+
+def test_serial_worker_holds_its_lock_while_a_callback_runs() -> None:
+    lock = threading.Lock()
+    errors: list[BaseException] = []
+    worker = Worker("serial", errors.append, lock)
+    held: list[bool] = []
+    done = threading.Event()
+    worker.call(lambda: (held.append(lock.locked()), done.set()))
+    assert done.wait(10)
+    assert held == [True]
+    assert worker.stop(10)
+    assert not lock.locked()

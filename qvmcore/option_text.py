@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from qvmcore.option_types import HostDev
 from qvmcore.types import IntrSpec
 from qvmcore.units import Address, Size, format_size
 
@@ -23,7 +22,6 @@ _NAMES: Mapping[Any, str] = {
     Size: "a size such as 64K, 16M or 1G",
     Address: "an address such as 0x1c0d0000",
     Path: "a file path",
-    HostDev: "a host path (<path: read only, >path: write only)",
     IntrSpec: "an interrupt such as 'gic:41'",
     Any: "any value",
     object: "any value",

@@ -4,7 +4,7 @@ Options are one frozen ``msgspec.Struct`` per vdev. :func:`convert_options` conv
 and reports *every* problem, in people's words; :func:`describe_options` tells what the fields are,
 for ``qvm vdev TYPE``. ``-`` and ``_`` mean the same in keys.
 
-Fields may be bool, int, float, str, Literal, Enum, Size, Address, HostPath, HostDev, IntrSpec,
+Fields may be bool, int, float, str, Literal, Enum, Size, Address, HostPath, IntrSpec,
 another Struct, and lists, tuples, dicts and unions of these; anything else is left to msgspec.
 A value from the command line is a :class:`CommandLineText`, which may spell any scalar as text.
 """
@@ -24,7 +24,7 @@ import msgspec
 
 from qvmcore.errors import nearest
 from qvmcore.option_text import one_of, show, show_default, spell, type_text, unwrap
-from qvmcore.option_types import CommandLineText, HostDev, HostPath, host_path
+from qvmcore.option_types import CommandLineText, HostPath, host_path
 from qvmcore.types import IntrSpec
 from qvmcore.units import (
     Address,
@@ -37,7 +37,7 @@ from qvmcore.units import (
 )
 
 __all__ = [
-    "Address", "CommandLineText", "HostDev", "HostPath", "OptionInfo", "OptionProblem", "Size",
+    "Address", "CommandLineText", "HostPath", "OptionInfo", "OptionProblem", "Size",
     "convert_options", "describe_options", "format_size", "parse_address", "parse_bool", "parse_size",
 ]
 
@@ -260,7 +260,6 @@ _SCALARS: Mapping[Any, Any] = {
     Size: lambda value, lax, base_dir: parse_size(_number_or_text(value)),
     Address: lambda value, lax, base_dir: parse_address(_number_or_text(value)),
     Path: lambda value, lax, base_dir: host_path(_text(value), base_dir),
-    HostDev: lambda value, lax, base_dir: HostDev.parse(_text(value), base_dir),
     IntrSpec: lambda value, lax, base_dir: IntrSpec.parse(_text(value)),
 }
 

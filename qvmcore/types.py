@@ -166,7 +166,8 @@ class VdevSpec:
     """One ``[[vdev]]`` table: the common keys, and the vdev's own options.
 
     ``options`` is the validated instance of the vdev class's ``Options`` struct. ``loc`` is a
-    guest-physical address in bytes; ``implicit`` marks a vdev the board adds itself.
+    guest-physical address in bytes; ``implicit`` marks a vdev the board adds itself. A relative
+    ``hostdev`` starts at ``base_dir``, the directory of the file that names it.
     """
 
     type: str
@@ -179,6 +180,7 @@ class VdevSpec:
     source: Source = Source("<builtin>")
     key_sources: Mapping[str, Source] = field(default_factory=dict)
     label: str = ""
+    base_dir: Path = Path()
 
     @property
     def where(self) -> str:

@@ -75,6 +75,11 @@ class Table:
         item = self.items.get(self.spelling(key))
         return self.source if item is None else item.source
 
+    def base_dir_of(self, key: str) -> Path:
+        """Where a relative path in ``key`` starts."""
+        item = self.items.get(self.spelling(key))
+        return self.base_dir if item is None else item.base_dir
+
     def plain(self, skip: Iterable[str] = ()) -> dict[str, object]:
         """The values as a plain dictionary, without the keys in ``skip``."""
         skipped = {self.spelling(key) for key in skip}

@@ -90,8 +90,9 @@ class _Builder:
         self._names[each.name] = source
         label = f"{each.name} ({each.type})"
         return VdevSpec(
-            each.type, each.name, options, each.loc, each.intr, implicit=True, source=source, label=label
-        )
+            each.type, each.name, options, each.loc, each.intr,
+            implicit=True, source=source, label=label, base_dir=Path.cwd(),
+        )  # fmt: skip
 
     def explicit(self, index: int, table: Table, name: str, claim: ImplicitVdev | None) -> VdevSpec | None:
         """The vdev of one table; None when it is too wrong for further checks."""
@@ -125,6 +126,7 @@ class _Builder:
             source=table.source,
             key_sources={key: item.source for key, item in table.items.items()},
             label=where,
+            base_dir=table.base_dir_of("hostdev"),
         )
 
     def _options(self, cls: type[Vdev], table: Table, where: str) -> object:

@@ -1,0 +1,95 @@
+"""``qvm show``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qvmcore.cli.output import print_json, print_table
+from qvmcore.cli.params import as_json, logging_options, vm_files
+from qvmcore.cli.state import State
+from qvmcore.units import format_size
+
+
+@click.command()
+@vm_files
+@as_json
+@logging_options
+@click.pass_obj
+def show(state: State, files: tuple[Path, ...], overrides: tuple[str, ...], json_output: bool) -> None:
+    """Show the machine of a VM file: memory map, interrupt map, vdevs with their packages.
+
+    \b
+    qvm show vm.toml
+    qvm show vm.toml --json | jq '.vdevs[].name'
+    """
+    machine = _describe(state, files, overrides)
+    if json_output:
+        print_json(machine)
+        return
+    click.echo(f"{machine['name']}: {machine['board']}, {machine['cpus']} CPU, engine {machine['engine']}\n")
+    memory = [
+        [f"{row['start']:#x}", f"{row['end'] - 1:#x}", format_size(row["size"]), row["kind"], row["owner"]]
+        for row in machine["memory"]
+    ]
+    print_table("Memory map", ["first", "last", "size", "kind", "owner"], memory)
+    interrupts = [[row["intr"], row["trigger"], row["owner"]] for row in machine["interrupts"]]
+    print_table("Interrupt map", ["interrupt", "trigger", "vdev"], interrupts)
+    vdevs = [
+        [
+            row["name"],
+            row["type"],
+            "" if row["loc"] is None else f"{row['loc']:#x}",
+            row["intr"] or "",
+            f"{row['distribution']} {row['version']}",
+            "the board" if row["implicit"] else row["source"],
+        ]
+        for row in machine["vdevs"]
+    ]
+    print_table("Vdevs", ["name", "type", "loc", "intr", "package", "from"], vdevs)
+
+
+def _describe(state: State, files: tuple[Path, ...], overrides: tuple[str, ...]) -> dict[str, Any]:
+    """The machine as JSON-able values; addresses and sizes in bytes."""
+    from qvmcore import boards
+    from qvmcore.layout import layout
+
+    spec = state.compose(files, overrides)
+    entries = state.host.vdev_types()
+    classes = {vdev.type: state.host.vdev_class(vdev.type) for vdev in spec.vdevs}
+    machine = layout(spec, boards.get(spec.board), classes)
+    load = spec.load
+    return {
+        "name": spec.name,
+        "board": spec.board,
+        "engine": spec.engine,
+        "cpus": spec.cpus,
+        "load": {
+            "kernel": str(load.kernel) if load.kernel else None,
+            "initrd": str(load.initrd) if load.initrd else None,
+            "cmdline": load.cmdline,
+        },
+        "memory": [
+            {"start": row.start, "end": row.end, "size": row.size, "kind": row.kind, "owner": row.owner}
+            for row in machine.memory
+        ],
+        "interrupts": [
+            {"intr": str(row.intr), "trigger": row.trigger, "owner": row.owner} for row in machine.interrupts
+        ],
+        "vdevs": [
+            {
+                "name": vdev.name,
+                "type": vdev.type,
+                "loc": vdev.loc,
+                "intr": str(vdev.intr) if vdev.intr else None,
+                "on_fault": vdev.on_fault,
+                "implicit": vdev.implicit,
+                "distribution": entries[vdev.type].distribution if vdev.type in entries else "",
+                "version": entries[vdev.type].version if vdev.type in entries else "",
+                "source": f"{vdev.source.file}:{vdev.source.line}",
+            }
+            for vdev in spec.vdevs
+        ],
+    }

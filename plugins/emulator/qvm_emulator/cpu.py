@@ -35,8 +35,8 @@ from unicorn.arm64_const import (
 )
 from unicorn.unicorn_py3.unicorn import uclib
 
+from qvm_emulator.timer import FREQUENCY, NEVER, TimerChannel
 from qvmcore.api import CpuEntry, EngineError, GuestMemory
-from qvm_emulator.timer import FREQUENCY, TimerChannel
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +114,10 @@ class Cpu(abc.ABC):
         self.ram = tuple((r.start, r.end, r.host_address) for r in wiring.memory.regions)
         self.hypercalls = 0
         self.pc = 0
+        #: The longest one WFI may sleep, in ns; NEVER when the mode knows a WFI for sure.
+        self.sleep_limit = NEVER
         try:
-            self.uc = Uc(UC_ARCH_ARM64, UC_MODE_ARM)
+            self.uc: Any = Uc(UC_ARCH_ARM64, UC_MODE_ARM)  # the binding has no types
             self.uc.ctl_set_cpu_model(UC_CPU_ARM64_A72)
             self.uc.ctl_exits_enabled(True)  # the empty set of exits: no address ends a run
             self._map()
@@ -174,7 +176,7 @@ class Cpu(abc.ABC):
         ))
         self.pc = int(self.uc.reg_read(UC_ARM64_REG_PC))
         if error:
-            raise EngineError(f"the emulated CPU stopped at pc {self.pc:#x}: {UcError(error)}")
+            raise EngineError(f"the emulated CPU stopped at pc {self.pc:#x}: {_explain(error)}")
 
     def _answer_hypercall(self) -> None:
         self.hypercalls += 1
@@ -194,7 +196,7 @@ class Cpu(abc.ABC):
             ctypes.c_uint64(begin), ctypes.c_uint64(end), *extra,
         )
         if error:
-            raise EngineError(f"Unicorn refuses a hook: {UcError(error)}")
+            raise EngineError(f"Unicorn refuses a hook: {_explain(error)}")
         self._keep.append(callback)
 
     def _map(self) -> None:
@@ -268,7 +270,12 @@ class Cpu(abc.ABC):
             getter, None, putter, None,
         )
         if error:
-            raise EngineError(f"Unicorn cannot map {window.base:#x}: {UcError(error)}")
+            raise EngineError(f"Unicorn cannot map {window.base:#x}: {_explain(error)}")
+
+
+def _explain(code: int) -> str:
+    kind: Any = UcError
+    return str(kind(code))
 
 
 def _general_register(name: str) -> int:

@@ -6,9 +6,9 @@ Only used after :mod:`qvm_emulator.selftest` has shown that this build behaves a
 from __future__ import annotations
 
 import ctypes
+from importlib import metadata
 from typing import ClassVar
 
-import unicorn
 from unicorn import UC_HOOK_INTR, UC_HOOK_MEM_FETCH_UNMAPPED
 from unicorn.unicorn_py3.unicorn import uclib
 
@@ -40,7 +40,7 @@ class FastCpu(Cpu):
 
     def __init__(self, wiring: Wiring) -> None:
         super().__init__(wiring)
-        self.internals = Internals(self.uc, unicorn.__version__)
+        self.internals = Internals(self.uc, metadata.version("unicorn"))
         self._flush = False
         self._kicked = False
         self._patch_caches()

@@ -114,10 +114,11 @@ class GicV2:
 
     def _deliverable(self) -> tuple[int, int]:
         intid, priority = self._candidate()
-        if priority < self._pmr and self._gicc_ctlr & 1:
-            if not self._running or self._group(priority) < self._running[-1]:
-                return intid, priority
-        return SPURIOUS, _IDLE
+        if priority >= self._pmr or not self._gicc_ctlr & 1:
+            return SPURIOUS, _IDLE
+        if self._running and self._group(priority) >= self._running[-1]:
+            return SPURIOUS, _IDLE
+        return intid, priority
 
     def _update(self) -> None:
         level = self._deliverable()[0] != SPURIOUS

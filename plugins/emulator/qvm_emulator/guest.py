@@ -13,11 +13,11 @@ import time
 from collections.abc import Mapping
 from functools import partial
 
-from qvmcore.api import CpuEntry, EngineError, GuestConfig, GuestEnd, IntrSpec, IrqLine, Reason
 from qvm_emulator.cpu import Cpu, Window, Wiring
 from qvm_emulator.gicv2 import GicV2
 from qvm_emulator.psci import Psci
 from qvm_emulator.timer import NEVER, PHYSICAL_PPI, VIRTUAL_PPI, TimerChannel, now_ns
+from qvmcore.api import CpuEntry, EngineError, GuestConfig, GuestEnd, IntrSpec, IrqLine, Reason
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +138,10 @@ class EmulatedGuest:
                 return False
             vcpu.join(min(left, _KICK_INTERVAL))
 
+    def kick(self) -> None:
+        """Have the vCPU leave the emulated code and come back; any thread. For tests."""
+        self._cpu.kick()
+
     def registers(self) -> Mapping[str, int]:
         """The registers of the CPU; meaningful when stopped."""
         return self._cpu.registers()
@@ -175,11 +179,14 @@ class EmulatedGuest:
         gic, timers = self._gic, self._timers
         self._halts += 1
         self._parked = True
+        limit = now_ns() + self._cpu.sleep_limit
         while not gic.asserted and not self._ending:
-            self._wake.wait(min(timer.deadline for timer in timers))
+            self._wake.wait(min(limit, *(timer.deadline for timer in timers)))
             now = now_ns()
             for timer in timers:
                 timer.expire(now)
+            if now >= limit:
+                break
         self._parked = False
         self._timer_moved()
 

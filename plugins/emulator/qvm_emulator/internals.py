@@ -57,6 +57,7 @@ LAYOUTS = {
 _REG_NAME, _REG_TYPE, _REG_VALUE = 0, 20, 40
 _REG_ACCESSFN, _REG_READFN, _REG_WRITEFN = 72, 80, 88
 _TYPE_CONST = 0x02
+_TYPE_SPECIAL_MASK = 0xF01
 _TYPE_NOP = 0x101
 _TYPE_PLAIN = 0x00  # calls readfn and writefn, and ends the translation block after a write
 
@@ -214,7 +215,7 @@ class Internals:
 
             self._set_pointer(info + _REG_READFN, _READ(on_read))
         kind = ctypes.c_uint32.from_address(info + _REG_TYPE)
-        if kind.value == _TYPE_NOP:
+        if kind.value & _TYPE_SPECIAL_MASK == _TYPE_NOP:
             kind.value = _TYPE_PLAIN
 
     def patch_constant(self, register: SystemRegister, mask: int, value: int) -> None:

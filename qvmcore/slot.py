@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qvmcore.bus import all_ones
-from qvmcore.errors import PluginError, QvmError
+from qvmcore.errors import GuestError, PluginError, QvmError
 from qvmcore.events import Worker
 from qvmcore.irq import IrqLine, NullIrq
 from qvmcore.memory import GuestMemory
@@ -70,6 +70,7 @@ class VdevSlot:
         self.memory = GuestMemory()
         self.log = logging.LoggerAdapter(logging.getLogger(f"qvm.vdev.{spec.type}"), {"vdev": spec.name})
         self.faulted = ""
+        self.guest_errors = 0
         self.lines: MutableSequence[IrqLine] = [NullIrq() for _ in range(cls.irqs)]
         self._plan = plan
         self._end = end
@@ -126,7 +127,16 @@ class VdevSlot:
         self._button()
 
     def fault(self, error: BaseException) -> None:
-        """See VdevContext. The first fault is logged and decides; later ones change nothing."""
+        """See VdevContext. The first fault is logged and decides; later ones change nothing.
+
+        A GuestError is the guest's mistake, not the vdev's: it is only counted and logged, ever
+        more rarely, so that a hostile guest cannot fill the log.
+        """
+        if isinstance(error, GuestError):
+            self.guest_errors += 1
+            if self.guest_errors & (self.guest_errors - 1) == 0:
+                self.log.warning("%s: guest error %d: %s", self.spec.where, self.guest_errors, error)
+            return
         with self._fault_lock:
             if self.faulted:
                 return

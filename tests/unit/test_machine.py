@@ -185,6 +185,33 @@ def test_on_fault_shutdown_ends_with_6(tmp_path: Path) -> None:
     assert (outcome.end.reason, outcome.code) == (Reason.VDEV_FATAL, 6)
 
 
+class Misled(Probe):
+    """Follows an address the guest gave."""
+
+    vdev_type = "misled"
+
+    def mmio_write(self, window: int, offset: int, size: int, value: int) -> None:
+        self.values[0] = self.ctx.memory.read(value, 4)[0]
+
+
+def test_a_guest_error_is_no_fault_of_the_vdev_and_cannot_fill_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[int] = []
+
+    def script(guest: ScriptedGuest) -> None:
+        for _ in range(1000):
+            guest.write32(FIRST_LOC, 0xFFFF_FFF0)
+        guest.write32(FIRST_LOC, 0x4000_0000)
+        seen.append(guest.read32(FIRST_LOC))
+        guest.power_off()
+
+    _, vm = run(tmp_path, script, Misled)
+    assert seen == [0]
+    assert (vm.slots[0].faulted, vm.slots[0].guest_errors) == ("", 1000)
+    assert len([r for r in caplog.records if "guest error" in r.getMessage()]) == 10
+
+
 class Nonsense(Probe):
     vdev_type = "nonsense"
 

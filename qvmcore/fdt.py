@@ -30,6 +30,10 @@ class Node:
             return "/"
         return f"{self._parent.path.rstrip('/')}/{self._raw.name}"
 
+    def has(self, name: str) -> bool:
+        """Whether the property is there."""
+        return bool(self._raw.exist_property(name))
+
     def set_bytes(self, name: str, value: bytes) -> None:
         """A property of raw bytes; setting a name again replaces the value."""
         if self._raw.exist_property(name):

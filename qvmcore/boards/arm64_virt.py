@@ -87,6 +87,8 @@ class Arm64Virt:
         nodes = [(each, _announce(root, each)) for each in vdevs if each.vdev.fdt_compatible]
         for each, node in nodes:
             each.vdev.describe_fdt(node)
+            if node.has("interrupt-controller") and not node.has("#address-cells"):
+                node.set_cells("#address-cells", 0)
         serial = [node for each, node in nodes if "arm,pl011" in each.vdev.fdt_compatible]
         for index, node in enumerate(serial):
             aliases.set_string(f"serial{index}", node.path)

@@ -8,7 +8,7 @@ import click
 
 from qvmcore.cli.params import logging_options, vm_files
 from qvmcore.cli.state import State
-from qvmcore.units import format_size
+from qvmcore.options import format_size
 
 
 @click.command()

@@ -10,7 +10,7 @@ import click
 from qvmcore.cli.output import print_json, print_table
 from qvmcore.cli.params import as_json, logging_options, vm_files
 from qvmcore.cli.state import State
-from qvmcore.units import format_size
+from qvmcore.options import format_size
 
 
 @click.command()

@@ -11,8 +11,8 @@ from qvmcore.boards import Board
 from qvmcore.compose.sources import Problems
 from qvmcore.errors import nearest
 from qvmcore.layout import InterruptRow, Layout, MemoryRow, layout_of
+from qvmcore.options import format_size
 from qvmcore.types import IntrSpec, MemorySpec, Source, VdevSpec
-from qvmcore.units import format_size
 from qvmcore.vdev import Vdev
 
 PAGE = 4096

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qvmcore.errors import ConfigError, Diagnostic, nearest
-from qvmcore.option_types import CommandLineText
+from qvmcore.options import CommandLineText
 from qvmcore.toml_source import Place, TomlSource, read_toml
 from qvmcore.types import Source
 

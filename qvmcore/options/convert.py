@@ -1,12 +1,7 @@
-"""From a table of a VM file to a typed options struct (floor 1).
+"""From a table of a VM file to a typed options struct, field by field (floor 1).
 
-Options are one frozen ``msgspec.Struct`` per vdev. :func:`convert_options` converts field by field
-and reports *every* problem, in people's words; :func:`describe_options` tells what the fields are,
-for ``qvm vdev TYPE``. ``-`` and ``_`` mean the same in keys.
-
-Fields may be bool, int, float, str, Literal, Enum, Size, Address, HostPath, IntrSpec,
-another Struct, and lists, tuples, dicts and unions of these; anything else is left to msgspec.
-A value from the command line is a :class:`CommandLineText`, which may spell any scalar as text.
+A value is converted by the type of its field; the type is walked recursively, so that a problem
+names its place inside a list or table.
 """
 
 from __future__ import annotations
@@ -23,23 +18,18 @@ from typing import Any, Literal
 import msgspec
 
 from qvmcore.errors import nearest
-from qvmcore.option_text import one_of, show, show_default, spell, type_text, unwrap
-from qvmcore.option_types import CommandLineText, HostPath, host_path
-from qvmcore.types import IntrSpec
-from qvmcore.units import (
+from qvmcore.options.fields import CommandLineText, host_path
+from qvmcore.options.units import (
     Address,
     Size,
-    format_size,
     parse_address,
     parse_bool,
     parse_number,
     parse_size,
 )
+from qvmcore.options.words import one_of, show, show_default, spell, type_text, unwrap
+from qvmcore.types import IntrSpec
 
-__all__ = [
-    "Address", "CommandLineText", "HostPath", "OptionInfo", "OptionProblem", "Size",
-    "convert_options", "describe_options", "format_size", "parse_address", "parse_bool", "parse_size",
-]
 
 @dataclass(frozen=True, slots=True)
 class OptionProblem:

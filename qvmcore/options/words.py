@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from qvmcore.options.units import Address, Size, format_size
 from qvmcore.types import IntrSpec
-from qvmcore.units import Address, Size, format_size
 
 _NAMES: Mapping[Any, str] = {
     bool: "true or false",

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qvmcore.boards import Board, Placement
-from qvmcore.decompress import decompress
 from qvmcore.engine import CpuEntry
 from qvmcore.errors import HostError, QvmError
+from qvmcore.load.decompress import decompress
 from qvmcore.memory import GuestMemory
+from qvmcore.options import format_size
 from qvmcore.types import LoadSpec
-from qvmcore.units import format_size
 
 _MIB2 = 2 << 20
 _PAGE = 4096

@@ -17,16 +17,19 @@ _IFLAG, _OFLAG, _CFLAG, _LFLAG, _CC = 0, 1, 2, 3, 6
 Modes = list[int | list[bytes | int]]
 
 
-def raw_modes(modes: Modes) -> Modes:
+def raw_modes(modes: Modes, *, shared: bool = False) -> Modes:
     """``modes`` made raw: every key goes to the guest, Ctrl-C and Ctrl-Z too.
 
-    Output processing stays as it is, so that log lines on the same terminal do not form a staircase.
+    On a terminal ``shared`` with qvm's own messages, output processing stays as it is: without it
+    log lines would form a staircase.
     """
     raw = list(modes)
     raw[_IFLAG] = _flags(raw[_IFLAG]) & ~(
         termios.BRKINT | termios.ICRNL | termios.INLCR | termios.IGNCR | termios.INPCK
         | termios.ISTRIP | termios.IXON | termios.PARMRK
     )  # fmt: skip
+    if not shared:
+        raw[_OFLAG] = _flags(raw[_OFLAG]) & ~termios.OPOST
     raw[_CFLAG] = (_flags(raw[_CFLAG]) & ~(termios.CSIZE | termios.PARENB)) | termios.CS8
     raw[_LFLAG] = _flags(raw[_LFLAG]) & ~(termios.ECHO | termios.ICANON | termios.IEXTEN | termios.ISIG)
     control = raw[_CC]
@@ -53,8 +56,9 @@ class RawMode:
     the first :meth:`leave` the terminal is never made raw again.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, shared: bool = False) -> None:
         self._fd = fd
+        self._shared = shared
         self._saved: Modes | None = None
         self._raw: Modes | None = None
         self._left = False
@@ -69,7 +73,7 @@ class RawMode:
             if self._saved is None:
                 self._saved = modes
             if modes != self._raw:
-                _set(self._fd, raw_modes(self._saved))
+                _set(self._fd, raw_modes(self._saved, shared=self._shared))
                 # Drivers may refuse single bits; what was reached is what later looks compare with.
                 self._raw = termios.tcgetattr(self._fd)
 

@@ -71,7 +71,7 @@ class Stdio:
             wiring.worker.call_later(TICK_SECONDS, self._tick)
 
     def _open_input(self, fd: int) -> None:
-        worker = self._wiring.worker
+        wiring, worker = self._wiring, self._wiring.worker
         copy = nonblocking_copy(fd, os.O_RDONLY)
         if unpollable(copy):
             self._input = FileReader(copy, worker=worker, on_input=self._typed)
@@ -82,12 +82,12 @@ class Stdio:
         )
         self._input = channel
         if _is_tty(fd):
-            self._raw = RawMode(fd)
+            self._raw = RawMode(fd, shared=True)
             if in_foreground(fd):
                 self._raw.enter()
             else:
                 channel.pause_input(True)
-                self._wiring.log.warning("%s: qvm runs in the background and does not read", self._wiring.name)
+                wiring.log.warning("%s: qvm runs in the background and does not read", wiring.name)
         channel.start()
 
     def write(self, data: bytes | bytearray | memoryview) -> int:

@@ -1,0 +1,135 @@
+"""Where the bytes of a disk are: a host file, a block device, or memory. Knows no virtio.
+
+``read`` and ``write`` move bytes between the disk and views of guest memory without a copy in
+between. Thread: the device's worker; ``flush`` and ``close`` also the thread of the VM's end.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+#: Most buffers of one preadv or pwritev call.
+IOV_MAX = os.sysconf("SC_IOV_MAX")
+
+
+class Backend(Protocol):
+    """A disk of ``size`` bytes. Ranges must lie inside it; the request parser sees to that."""
+
+    size: int
+
+    def read(self, offset: int, length: int, views: Sequence[memoryview]) -> None:
+        """Fill ``views``, ``length`` bytes in all, from ``offset``. Raises OSError."""
+
+    def write(self, offset: int, length: int, views: Sequence[memoryview], *, durable: bool = False) -> None:
+        """Store ``views`` at ``offset``; when ``durable``, on stable storage. Raises OSError."""
+
+    def flush(self) -> None:
+        """Return once everything written is on stable storage. Raises OSError."""
+
+    def close(self) -> None:
+        """Give the disk and its lock back; idempotent. Later calls raise OSError."""
+
+
+class FileBackend:
+    """A file or block device behind ``fd``, which it owns; a lock on ``fd`` goes with it."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.size = size
+        self._fd = fd
+        # Once the kernel says that the file cannot do a write of its own durability, never ask again.
+        self._dsync = os.RWF_DSYNC
+
+    def read(self, offset: int, length: int, views: Sequence[memoryview]) -> None:
+        """See Backend."""
+        # One call does it, nearly always; what follows a short one is rare and may be slow.
+        if len(views) <= IOV_MAX:
+            done = os.preadv(self._fd, views, offset)
+            if done == length:
+                return
+        else:
+            done = 0
+        while done < length:
+            count = os.preadv(self._fd, _rest(views, done), offset + done)
+            if not count:
+                # Somebody truncated the image under the running guest.
+                raise OSError(errno.EIO, f"the image ends at byte {offset + done}")
+            done += count
+
+    def write(self, offset: int, length: int, views: Sequence[memoryview], *, durable: bool = False) -> None:
+        """See Backend."""
+        if durable and not self._dsync:
+            self.write(offset, length, views)
+            self.flush()
+            return
+        done = 0
+        while done < length:
+            part = views if not done and len(views) <= IOV_MAX else _rest(views, done)
+            try:
+                done += os.pwritev(self._fd, part, offset + done, self._dsync if durable else 0)
+            except OSError as error:
+                if not durable or error.errno != errno.EOPNOTSUPP:
+                    raise
+                self._dsync = 0
+                self.write(offset, length, views, durable=True)
+                return
+
+    def flush(self) -> None:
+        """See Backend."""
+        os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        """See Backend."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+
+class MemoryBackend:
+    """A RAM disk of ``size`` zeroed bytes; gone when the VM ends. Pages cost memory once touched."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._view = memoryview(self._map)
+
+    def read(self, offset: int, length: int, views: Sequence[memoryview]) -> None:
+        """See Backend."""
+        disk = self._view
+        for view in views:
+            end = offset + len(view)
+            view[:] = disk[offset:end]
+            offset = end
+
+    def write(self, offset: int, length: int, views: Sequence[memoryview], *, durable: bool = False) -> None:
+        """See Backend. Memory is never durable."""
+        disk = self._view
+        for view in views:
+            end = offset + len(view)
+            disk[offset:end] = view
+            offset = end
+
+    def flush(self) -> None:
+        """There is nothing behind the memory."""
+
+    def close(self) -> None:
+        """See Backend."""
+        self._view.release()
+        self._map.close()
+
+
+def _rest(views: Sequence[memoryview], skip: int) -> list[memoryview]:
+    """At most IOV_MAX views of what is left behind the first ``skip`` bytes."""
+    part: list[memoryview] = []
+    for view in views:
+        if skip >= len(view):
+            skip -= len(view)
+            continue
+        part.append(view[skip:] if skip else view)
+        skip = 0
+        if len(part) == IOV_MAX:
+            break
+    return part

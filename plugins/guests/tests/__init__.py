@@ -1,0 +1,1 @@
+"""Tests of qvm-guests; none but test_network needs a network."""

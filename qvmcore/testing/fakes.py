@@ -6,7 +6,7 @@ import logging
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -199,6 +199,7 @@ class Plugged(Generic[V]):
 
 def plug(
     vdev_class: type[V],
+    table: Mapping[str, object] | None = None,
     /,
     ram: Sequence[MemorySpec] = RAM,
     base: int = BASE,
@@ -208,11 +209,12 @@ def plug(
 ) -> Plugged[V]:
     """Create a vdev from TOML-like options, configure it, put it on a bus, and start it.
 
+    Options are keywords, or a mapping where their names clash with those of this function.
     Raises ConfigError for wrong options and whatever ``on_configured`` raises, after the device was
     terminated. With ``start=False`` the vdev is configured and bound but ``on_starting`` was not
     called. Faults are recorded in ``.ctx.faults`` and, as in a machine, reads then give all ones.
     """
-    converted, problems = convert_options(vdev_class.Options, options, base_dir)
+    converted, problems = convert_options(vdev_class.Options, {**(table or {}), **options}, base_dir)
     if problems:
         kind = vdev_class.vdev_type
         raise ConfigError(Diagnostic("<test>", 0, kind, item.message, item.hint) for item in problems)

@@ -45,6 +45,7 @@ class Echo(VirtioVdev):
         self.lives.append("active")
 
     def on_deactivate(self) -> None:
+        self.scratch = bytes(4)
         self.lives.append("inactive")
 
     def handle_queue(self, index: int, queue: Virtqueue) -> None:

@@ -9,7 +9,8 @@ framework's business. Life of a device, beyond that of every vdev (``qvmcore.vde
     refuse_features(...)   a vCPU     why a set of features cannot work (default: all can)
     on_activate(features)  a vCPU     DRIVER_OK: the queues exist from here; must return at once
     handle_queue(i, q)     worker     the driver offered buffers; also once after the activation
-    on_deactivate()        a vCPU     reset or end: the worker is idle, the queues are dead;
+    on_deactivate()        a vCPU     reset or end, after an activation or a config_write: the worker
+                                      is idle, the queues are dead; back to the fresh state, and
                                       guest memory must not be touched from here on
 """
 
@@ -83,7 +84,7 @@ class VirtioVdev(Vdev):
         raise NotImplementedError(f"{type(self).__name__} serves no queue")
 
     def on_deactivate(self) -> None:
-        """The driver reset the device, or the VM ends. Idempotent."""
+        """The driver reset the device, or the VM ends: undo what the driver did. Idempotent."""
 
     def on_reset(self) -> None:
         """The framework resets the device. Authors use :meth:`on_deactivate`."""

@@ -97,6 +97,7 @@ class VirtioState:
         self._generation = 0
         self._generation_seen = False
         self._activated = False
+        self._touched = False  # the device has something to undo at a reset
         self._hung = False
         self._ended = False
 
@@ -276,6 +277,7 @@ class VirtioState:
             length = len(self._config if self._config is not None else self._vdev.config_space())
             if offset + size > length or self._hung or self._ended:
                 return
+            self._touched = True
             self._vdev.config_write(offset, value.to_bytes(size, "little"))
             with self._lock:
                 self._refresh_config()
@@ -286,10 +288,10 @@ class VirtioState:
             if self._hung or self._ended:
                 return
             self._silence()
-            if self._activated and not self._quiesce(self._vdev.on_deactivate):
+            if self._touched and not self._quiesce(self._vdev.on_deactivate):
                 return
             with self._lock:
-                self._activated = False
+                self._activated = self._touched = False
                 self._status = 0
                 self._driver_features = self._features = 0
                 self._beyond = False
@@ -327,7 +329,7 @@ class VirtioState:
                 )
         with self._lock:
             self._status |= spec.DRIVER_OK
-            self._activated = True
+            self._activated = self._touched = True
         try:
             vdev.on_activate(self._features)
         except Exception as error:

@@ -1,0 +1,269 @@
+"""A hostile guest for any virtio device, as a Hypothesis state machine over virtio-mmio.
+
+::
+
+    class HostileGuest(VirtioAbuse):
+        def device(self):
+            return plug(MyVdev, size="1M")
+
+    TestHostileGuest = HostileGuest.TestCase
+
+It mixes legal bring-up and legal requests with arbitrary registers, descriptors, ring entries,
+kicks and resets, and holds the device to what a guest may never break:
+
+* no exception leaves the device, and the worker always comes back;
+* memory no ring and no buffer ever named stays as it was;
+* the device gives back at most what it took, and takes at most what was offered;
+* the used index in memory is the device's own, unless the guest let it be overwritten;
+* after a reset everything works again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from qvmcore.testing.driver import MmioDriver
+from qvmcore.testing.fakes import Plugged
+from qvmcore.testing.ring import GuestRam, SplitDriver
+from qvmcore.testing.strategies import Access, Descriptor, accesses, descriptors, good_chains
+from qvmcore.virtio import spec
+from qvmcore.virtio.device import VirtioVdev
+
+#: Bytes at the end of the first memory region that the guest never names.
+GUARD = 0x1_0000
+_PATTERN = bytes(range(256)) * (GUARD // 256)
+_RING_PART = 0x4_0000
+
+
+class VirtioAbuse(RuleBasedStateMachine):
+    """Subclass, define :meth:`device`, and give ``TestCase`` to pytest.
+
+    ``steps`` and ``examples`` bound a run; the first memory region of the device must be at least
+    1 MiB. Rings live in its first quarter MiB, buffers behind that, the guard at its end.
+    """
+
+    examples: ClassVar[int] = 25
+    steps: ClassVar[int] = 40
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.TestCase.settings = settings(
+            max_examples=cls.examples,
+            stateful_step_count=cls.steps,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        )
+
+    def device(self) -> Plugged[Any]:
+        """A fresh device; called for each run, closed by the machine."""
+        raise NotImplementedError("define device() to return plug(YourVdev, ...)")
+
+    def check_works(self, device: Plugged[Any], driver: MmioDriver) -> None:
+        """The device was just brought up by a good driver: do a request and assert its result."""
+
+    # ---- the guest ---------------------------------------------------------------------------
+
+    @initialize()
+    def power_on(self) -> None:
+        """A device nobody has touched."""
+        self.plugged = self.device()
+        vdev = self.plugged.vdev
+        assert isinstance(vdev, VirtioVdev), f"{vdev!r} is no VirtioVdev"
+        self.virtio = vdev.virtio
+        region = self.plugged.memory.regions[0]
+        assert region.size >= 1 << 20, "the first memory region must be at least 1 MiB"
+        self.start = region.start
+        self.guard = region.end - GUARD
+        self.plugged.memory.write(self.guard, _PATTERN)
+        self.rings: list[SplitDriver] = []
+        self.offered: list[int] = []
+        self.smashed = False
+        self.driver = self._new_driver()
+
+    @rule(access=accesses())
+    def touch_a_register(self, access: Access) -> None:
+        """Any load or store in the window. A reset through it is a reset like any other."""
+        if access.value is None:
+            value = self.plugged.read(access.offset, access.size)
+            assert 0 <= value < 1 << 8 * access.size
+            return
+        if access.offset in _RING_PLACES:
+            # Rings wherever the guest likes, but out of the guard.
+            return
+        self.plugged.write(access.offset, access.value, access.size)
+        if access.offset == spec.MMIO_STATUS and access.size == 4 and access.value == 0:
+            self._forget_rings()
+
+    @rule(ready=st.booleans())
+    def place_a_ring_anywhere(self, ready: bool) -> None:
+        """Ring areas at an address that cannot work, for whatever queue is selected."""
+        self.driver.place(16, self.start + 8, self.start + 1, (1 << 64) - 2)
+        if ready:
+            self.driver.write(spec.MMIO_QUEUE_READY, 1)
+
+    @rule(features=st.one_of(st.none(), st.just(1 << 32), st.just(1 << 32 | 1 << 29)))
+    def bring_up(self, features: int | None) -> None:
+        """What a good driver does."""
+        self._bring_up(features)
+
+    @precondition(lambda self: self.rings)
+    @rule(data=st.data())
+    def write_descriptors(self, data: st.DataObject) -> None:
+        """Some rows of a descriptor table."""
+        ring = self._pick(data)
+        rows = data.draw(st.lists(descriptors(self.start, self.guard, ring.size), min_size=1, max_size=5))
+        first = data.draw(st.integers(0, ring.size - 1))
+        for number, row in enumerate(rows):
+            ring.write_desc((first + number) % ring.size, *self._tame(row))
+        ring.offer(first)
+
+    @precondition(lambda self: self.rings)
+    @rule(data=st.data())
+    def write_an_indirect_table(self, data: st.DataObject) -> None:
+        """A table of rows, and a reference to it that may have the wrong length."""
+        ring = self._pick(data)
+        rows = data.draw(st.lists(descriptors(self.start, self.guard, 4), min_size=1, max_size=5))
+        mark = self.driver.ram.mark()
+        address, length = ring.raw_table([self._tame(row) for row in rows])
+        length += data.draw(st.sampled_from((0, 0, 0, -1, 1, 16, -16)))
+        slot = data.draw(st.integers(0, ring.size - 1))
+        flags = spec.VIRTQ_DESC_F_INDIRECT | data.draw(st.sampled_from((0, 0, 1, 2)))
+        ring.write_desc(slot, address, max(0, length), flags, 0)
+        ring.offer(slot)
+        if self.driver.ram.mark() - mark > 1 << 16:
+            self.driver.ram.release(mark)
+
+    @precondition(lambda self: self.rings)
+    @rule(data=st.data(), head=st.one_of(st.integers(0, 63), st.integers(0, 0xFFFF)))
+    def offer_a_head(self, data: st.DataObject, head: int) -> None:
+        """A ring entry that may name anything."""
+        self._pick(data).offer(head)
+
+    @precondition(lambda self: self.rings)
+    @rule(data=st.data(), chain=good_chains())
+    def offer_a_good_chain(self, data: st.DataObject, chain: tuple[list[bytes], list[int]]) -> None:
+        """A well-formed chain with contents that mean nothing to the device."""
+        ring = self._pick(data)
+        try:
+            ring.add(*chain)
+        except MemoryError:
+            return
+
+    @precondition(lambda self: self.rings)
+    @rule(data=st.data(), jump=st.sampled_from((None, None, None, None, 1, -1, 64, 0x8000)))
+    def publish(self, data: st.DataObject, jump: int | None) -> None:
+        """Show the device what was offered, or an index out of the blue."""
+        ring = self._pick(data)
+        ring.publish(None if jump is None else ring.published + jump)
+        self._settled()
+
+    @precondition(lambda self: self.rings)
+    @rule(data=st.data(), event=st.integers(0, 0xFFFF), off=st.booleans())
+    def suppress(self, data: st.DataObject, event: int, off: bool) -> None:
+        """Either way of suppressing interrupts, whatever was negotiated."""
+        ring = self._pick(data)
+        ring.set_used_event(event)
+        ring.set_no_interrupt(off)
+
+    @rule(queue=st.one_of(st.integers(0, 3), st.integers(0, 0xFFFFFFFF)))
+    def kick(self, queue: int) -> None:
+        """A notification, with a reason or without."""
+        self.driver.notify(queue)
+        self._settled()
+
+    @rule()
+    def reset(self) -> None:
+        """A reset, in whatever state the device is."""
+        self.driver.reset()
+        self._forget_rings()
+
+    @rule()
+    def recover(self) -> None:
+        """After a reset a good driver finds a good device."""
+        self.driver = self._new_driver()
+        self._bring_up(None)
+        self._settled()
+        assert not self.driver.needs_reset, "a fresh device needs a reset"
+        self.check_works(self.plugged, self.driver)
+        self._settled()
+        assert not self.driver.needs_reset
+        self.driver.reset()
+        self._forget_rings()
+
+    # ---- what must hold ------------------------------------------------------------------------
+
+    @invariant()
+    def nothing_escapes(self) -> None:
+        """No exception left the device, nobody asked for the end of the VM."""
+        if hasattr(self, "plugged"):
+            self._settled()
+            assert self.plugged.ctx.faults == []
+            assert self.plugged.ctx.shutdowns == []
+
+    @invariant()
+    def memory_outside_is_untouched(self) -> None:
+        """What the guest never named was never written."""
+        if hasattr(self, "plugged"):
+            intact = self.plugged.memory.view(self.guard, GUARD) == _PATTERN
+            assert intact, "the device wrote out of its buffers"
+
+    @invariant()
+    def no_more_back_than_taken(self) -> None:
+        """Given back <= taken, and the used index in memory says the same."""
+        if not hasattr(self, "plugged"):
+            return
+        for index, ring in enumerate(self.rings):
+            queue = self.virtio.queue(index)
+            if queue is None:
+                continue
+            counters = queue.counters()
+            assert counters["pushed"] <= counters["popped"]
+            assert counters["interrupts"] <= counters["pushed"]
+            if not self.smashed:
+                assert ring.used_idx == counters["pushed"] & 0xFFFF
+
+    def teardown(self) -> None:
+        """The VM ends, in whatever state the device is; every step of the end must succeed."""
+        if hasattr(self, "plugged"):
+            results = self.plugged.terminate()
+            self.plugged.close()
+            assert [result for result in results if result.verdict != "ok"] == []
+
+    # ---- inside ------------------------------------------------------------------------------------
+
+    def _new_driver(self) -> MmioDriver:
+        ram = GuestRam(self.plugged.memory, self.start, self.guard - self.start)
+        return MmioDriver(self.plugged.bus, self.plugged.base, ram)
+
+    def _bring_up(self, features: int | None) -> None:
+        self.driver = self._new_driver()
+        self.driver.start(features)
+        self.rings = self.driver.queues
+        self.smashed = False
+        assert self.driver.ram.mark() <= self.start + _RING_PART, "the rings outgrew their part of the memory"
+
+    def _forget_rings(self) -> None:
+        self.rings = []
+        self.smashed = False
+
+    def _pick(self, data: st.DataObject) -> SplitDriver:
+        return data.draw(st.sampled_from(self.rings))
+
+    def _tame(self, row: Descriptor) -> Descriptor:
+        """Keep buffers out of the guard; note when they may overwrite a ring."""
+        if self.start <= row.address < self.guard + GUARD:
+            row = row._replace(length=min(row.length, max(0, self.guard - row.address)))
+        if row.address < self.start + _RING_PART:
+            self.smashed = True
+        return row
+
+    def _settled(self) -> None:
+        self.plugged.settle()
+
+
+#: Registers that say where rings are: the machine sets them itself, or a ring would cover the guard.
+_RING_PLACES = frozenset(range(spec.MMIO_QUEUE_DESC_LOW, spec.MMIO_QUEUE_DEVICE_HIGH + 4))

@@ -22,7 +22,7 @@ from qvm_guests.cache import Package, sha256
 from qvm_guests.progress import Progress
 from qvmcore.api import HostError
 
-_URI_LINE = re.compile(r"^'[^']*' (\S+)_(\S+)_(\S+)\.deb (\d+)(?: SHA256:([0-9a-f]{64}))?")
+_URI_LINE = re.compile(r"^'([^']*)' (\S+)_(\S+)_(\S+)\.deb (\d+) (\w+:[0-9a-f]+)")
 _STATUS = re.compile(r"^dlstatus:\d+:([\d.]+):")
 
 
@@ -32,6 +32,14 @@ class _Ran:
 
     output: str
     problem: str
+
+
+def _apt_paths(**settings: str) -> dict[str, Path]:
+    """Paths of the machine's apt configuration; one that is not set becomes a path that is not there."""
+    words = [word for pair in settings.items() for word in pair]
+    done = subprocess.run(["apt-config", "shell", *words], capture_output=True, text=True, check=False)
+    found = dict(re.findall(r"^(\w+)='(.*)'$", done.stdout, re.MULTILINE))
+    return {name: Path(found.get(name) or "/nonexistent") for name in settings}
 
 
 def _remedy(problem: str) -> str:
@@ -100,12 +108,8 @@ class PrivateApt:
         return "".join(line + "\n" for line in lines)
 
     def _machine_sources(self) -> list[Path]:
-        variables = ["FILE", "Dir::Etc::sourcelist/f", "PARTS", "Dir::Etc::sourceparts/d"]
-        done = subprocess.run(
-            ["apt-config", "shell", *variables], capture_output=True, text=True, check=False
-        )
-        found = dict(re.findall(r"^(FILE|PARTS)='(.*)'$", done.stdout, re.MULTILINE))
-        file, parts = Path(found.get("FILE", "")), Path(found.get("PARTS", ""))
+        found = _apt_paths(FILE="Dir::Etc::sourcelist/f", PARTS="Dir::Etc::sourceparts/d")
+        file, parts = found["FILE"], found["PARTS"]
         paths = [file] if file.is_file() else []
         if parts.is_dir():
             paths += sorted(path for path in parts.iterdir() if path.suffix in (".list", ".sources"))
@@ -149,22 +153,33 @@ class PrivateApt:
         planned = self._run("apt-get", "download", "--print-uris", *names)
         lines = [match for line in planned.output.splitlines() if (match := _URI_LINE.match(line))]
         for name in names:
-            if name not in {match[1] for match in lines}:
+            if name not in {match[2] for match in lines}:
                 raise self._unavailable(name)
-        total = sum(int(match[4]) for match in lines)
+        total = sum(int(match[5]) for match in lines)
         self._progress.step(f"fetching {len(lines)} packages, {total / 1e6:.1f} MB")
-        files = [into / f"{match[1]}_{match[2]}_{match[3]}.deb" for match in lines]
+        files = [into / f"{match[2]}_{match[3]}_{match[4]}.deb" for match in lines]
+        wanted: list[str] = []
         for match, path in zip(lines, files, strict=True):
-            # apt continues a part of a file; on a whole one that is wrong it could only fail.
-            if path.is_file() and path.stat().st_size >= int(match[4]) and sha256(path) != match[5]:
+            if path.is_file() and path.stat().st_size >= int(match[5]):
+                if f"SHA256:{sha256(path)}" == match[6]:
+                    continue
                 path.unlink()
-        ran = self._run("apt-get", "-q", "download", *names, cwd=into)
+            wanted += [match[1], str(path), match[6]]
+        # Not "apt-get download": that begins again, where apt-helper continues a part of a file.
+        ran = self._run(self._helper(), "download-file", *wanted) if wanted else planned
         if ran.problem:
             raise HostError(f"cannot fetch the packages: {ran.problem}", hint=_remedy(ran.problem))
         return [
-            Package(match[1], unquote(match[2]), match[3], path.name, path.stat().st_size, sha256(path))
+            Package(match[2], unquote(match[3]), match[4], path.name, path.stat().st_size, sha256(path))
             for match, path in zip(lines, files, strict=True)
         ]
+
+    def _helper(self) -> str:
+        """apt's own fetching tool; it lives beside the directory of the transport methods."""
+        helper = _apt_paths(METHODS="Dir::Bin::methods/f")["METHODS"].parent / "apt-helper"
+        if not os.access(helper, os.X_OK):
+            raise HostError(f"there is no {helper} on this machine", hint="install the package apt")
+        return str(helper)
 
     def _unavailable(self, name: str) -> HostError:
         if self._unreachable:
@@ -177,7 +192,7 @@ class PrivateApt:
             hint="give a file with Debian's sources: --sources FILE",
         )
 
-    def _run(self, tool: str, *arguments: str, cwd: Path | None = None) -> _Ran:
+    def _run(self, tool: str, *arguments: str) -> _Ran:
         """Run an apt tool to its end; a failure is for the caller to judge."""
         ours, theirs = os.pipe()
         environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
@@ -186,7 +201,7 @@ class PrivateApt:
             try:
                 process = subprocess.Popen(
                     command,
-                    cwd=cwd,
+                    cwd=self._root,  # apt-get download takes packages in its directory as fetched
                     env=environment,
                     stdin=subprocess.DEVNULL,
                     stdout=output,

@@ -87,14 +87,21 @@ case "$*" in
         echo "E: Failed to fetch somewhere  Could not resolve it"; exit 100 ;;
     *--print-uris*)
         for f in %(root)s/mirror/*.deb; do
-            echo "'x' ${f##*/} $(stat -c %%s $f) SHA256:$(sha256sum <$f | cut -c1-64)"
+            echo "'$f' ${f##*/} $(stat -c %%s $f) SHA256:$(sha256sum <$f | cut -c1-64)"
         done ;;
-    *download*)
-        kernel=$(echo %(root)s/mirror/linux*)
-        [ -e %(root)s/cut-off ] && { head -c 100 "$kernel" >"${kernel##*/}"
-            echo "E: Failed to fetch x  Connection reset"; exit 100; }
-        cp %(root)s/mirror/*.deb . ;;
 esac
+"""
+
+FAKE_APT_HELPER = r"""#!/bin/sh
+echo "helper $*" >>%(root)s/calls
+while [ "$1" != download-file ]; do shift; done
+shift
+while [ "$1" ]; do
+    [ -e %(root)s/cut-off ] && { head -c 100 "$1" >"$2"
+        echo "E: Failed to fetch x  Connection reset"; exit 100; }
+    cp "$1" "$2"
+    shift 3
+done
 """
 
 FAKE_APT_CACHE = r"""#!/bin/sh
@@ -105,6 +112,7 @@ echo "Depends: linux-image-6.1.0-1-test (= 1) | other, base"
 """
 
 FAKE_APT_CONFIG = r"""#!/bin/sh
+[ "$2" = METHODS ] && { echo "METHODS='%(root)s/bin/methods'"; exit; }
 [ "$1" = shell ] && { echo "FILE='%(root)s/etc/sources.list'"; echo "PARTS='%(root)s/etc/parts/'"; exit; }
 echo 'Acquire::IndexTargets::deb::Packages "";'
 echo 'Acquire::IndexTargets::deb::DEP-11 "";'
@@ -123,6 +131,7 @@ class FakeApt:
             ("apt-get", FAKE_APT_GET),
             ("apt-cache", FAKE_APT_CACHE),
             ("apt-config", FAKE_APT_CONFIG),
+            ("apt-helper", FAKE_APT_HELPER),
         ):
             tool = root / "bin" / name
             tool.write_text(text % {"root": root})

@@ -6,7 +6,7 @@ import importlib
 
 import click
 
-from qvmcore import __version__
+import qvmcore
 from qvmcore.cli.params import logging_options
 from qvmcore.cli.state import State, set_up_logging
 from qvmcore.errors import PluginError, nearest
@@ -78,7 +78,7 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 @click.group(cls=_Commands, context_settings=_SETTINGS)
-@click.version_option(__version__, prog_name="qvm", message="%(prog)s %(version)s")
+@click.version_option(qvmcore.__version__, prog_name="qvm", message="%(prog)s %(version)s")
 @logging_options
 def qvm() -> None:
     """Virtual machines whose every device is a pip-installed plugin.

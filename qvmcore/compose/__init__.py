@@ -53,6 +53,8 @@ def compose(files: Iterable[str | Path], overrides: Sequence[str], host: Plugins
     paths = [Path(file) for file in files]
     problems = Problems()
     root = read_files(paths, problems)
+    # Without the whole text every further finding would be a guess.
+    problems.raise_if_any()
     _override(root, overrides, problems)
     _check_sections(root, problems)
 

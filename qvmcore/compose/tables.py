@@ -123,5 +123,6 @@ def array(root: Table, name: str, problems: Problems) -> list[Table]:
     if isinstance(value, list) and all(isinstance(item, Table) for item in value):
         return value
     if value is not None:
-        problems.add(root.source_of(name), name, f"expected an array of tables: write [[{name}]]")
+        hint = 'or write ram = "512M" under [system]' if name == "ram" else ""
+        problems.add(root.source_of(name), name, f"expected an array of tables: write [[{name}]]", hint)
     return []

@@ -25,16 +25,24 @@ class VdevClasses(Protocol):
 
 def named_tables(tables: Sequence[Table], board: Board | None) -> dict[str, Table]:
     """The tables by vdev name, with default names given: what ``--set vdev.NAME.key`` reaches."""
+    named: dict[str, Table] = {}
+    for name, table in zip(_names(tables, board), tables, strict=True):
+        named.setdefault(name, table)
+    return named
+
+
+def _names(tables: Sequence[Table], board: Board | None) -> list[str]:
+    """The name of each table: its own, that of the implicit vdev it stands for, or type and number."""
     claims = _claims(tables, board)
-    names: dict[str, Table] = {}
     counts: dict[str, int] = {}
+    names = []
     for index, table in enumerate(tables):
         vdev_type = table.get("type")
         name = table.get("name") or (claims[index].name if index in claims else None)
         if not isinstance(name, str):
             number = counts[str(vdev_type)] = counts.get(str(vdev_type), -1) + 1
             name = f"{vdev_type}-{number}"
-        names.setdefault(str(name), table)
+        names.append(str(name))
     return names
 
 
@@ -48,10 +56,10 @@ def build_vdevs(
     implicit = [
         builder.implicit(each) for each in (board.implicit if board else ()) if each.name not in listed
     ]
-    names = {id(table): name for name, table in named_tables(tables, board).items()}
-    explicit = []
-    for index, table in enumerate(tables):
-        explicit.append(builder.explicit(index, table, names.get(id(table), ""), claims.get(index)))
+    explicit = [
+        builder.explicit(index, table, name, claims.get(index))
+        for index, (name, table) in enumerate(zip(_names(tables, board), tables, strict=True))
+    ]
     specs = [spec for spec in [*implicit, *explicit] if spec is not None]
     return specs, builder.known
 

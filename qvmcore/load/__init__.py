@@ -39,6 +39,7 @@ _OLD_TEXT_OFFSET = 0x8_0000
 _ZBOOT_HEADER = struct.Struct("<4s4sII8x32s")  # MZ, zimg, payload offset and size, compression
 _GZIP_MAGIC = b"\x1f\x8b"
 _ELF_MAGIC = b"\x7fELF"
+_ELF_MACHINE = "EM_AARCH64"
 _EXPECTED = "expected a Linux arm64 Image (plain, gzip or EFI zboot) or an ELF file"
 
 
@@ -131,33 +132,55 @@ def _zboot_payload(path: Path, head: bytes, limit: int) -> bytes:
     return decompress(method, image[offset : offset + size], limit, path)
 
 
+class _Segment(NamedTuple):
+    """A PT_LOAD segment: place and size in memory, offset and size in the file."""
+
+    address: int
+    size: int
+    offset: int
+    stored: int
+
+
 def _load_elf(path: Path, memory: GuestMemory) -> _Kernel:
+    file_size = path.stat().st_size
+    entry, segments = _parse_elf(path)
+    if not segments:
+        raise QvmError(f"{path}: the ELF file has nothing to load (no PT_LOAD segment)")
+    with _open(path) as file:
+        for segment in segments:
+            address, size = segment.address, max(segment.size, segment.stored)
+            if not memory.contains(address, size):
+                message = f"{path}: the ELF segment [{address:#x}, +{size:#x}) is not in RAM"
+                raise QvmError(message, hint=_ram_hint(memory))
+            if segment.offset + segment.stored > file_size:
+                raise QvmError(f"{path}: damaged ELF file: a segment ends behind the end of the file")
+            _fill(path, file.fileno(), segment.offset, memory.view(address, segment.stored))
+    start, end = min(s.address for s in segments), max(s.address + s.size for s in segments)
+    if not memory.contains(entry, 4):
+        raise QvmError(f"{path}: the entry point {entry:#x} of the ELF file is not in RAM")
+    return _Kernel(start, end, entry)
+
+
+def _parse_elf(path: Path) -> tuple[int, list[_Segment]]:
+    """Entry point and segments that take memory."""
     try:
-        from elftools.common.exceptions import ELFError
         from elftools.elf.elffile import ELFFile
     except ImportError:
         raise QvmError(f"{path}: ELF kernels need pyelftools", hint="pip install 'qvmcore[elf]'") from None
-    start, end = 1 << 64, 0
     with path.open("rb") as file:
         try:
             elf = ELFFile(file)
-            entry = int(elf.header.e_entry)
-            if elf.header.e_machine != "EM_AARCH64":
-                raise QvmError(f"{path}: an ELF file for {elf.header.e_machine}, not for AArch64")
-            segments = [s.header for s in elf.iter_segments(type="PT_LOAD") if s.header.p_memsz]
-        except (ELFError, UnicodeDecodeError) as error:
+            entry, machine = int(elf.header.e_entry), elf.header.e_machine
+            headers = [s.header for s in elf.iter_segments(type="PT_LOAD")] if machine == _ELF_MACHINE else []
+            segments = [
+                _Segment(int(h.p_paddr), int(h.p_memsz), int(h.p_offset), int(h.p_filesz)) for h in headers
+            ]
+        except Exception as error:
+            # pyelftools trusts what it reads: damaged headers end in OSError, KeyError, TypeError ...
             raise QvmError(f"{path}: damaged ELF file: {error}") from error
-        for header in segments:
-            address, size, stored = int(header.p_paddr), int(header.p_memsz), int(header.p_filesz)
-            if not memory.contains(address, max(size, stored)):
-                message = f"{path}: the ELF segment [{address:#x}, +{size:#x}) is not in RAM"
-                raise QvmError(message, hint=_ram_hint(memory))
-            file.seek(int(header.p_offset))
-            _fill(path, file.fileno(), int(header.p_offset), memory.view(address, stored))
-            start, end = min(start, address), max(end, address + size)
-    if not segments:
-        raise QvmError(f"{path}: the ELF file has nothing to load (no PT_LOAD segment)")
-    return _Kernel(start, end, entry)
+    if machine != _ELF_MACHINE:
+        raise QvmError(f"{path}: an ELF file for {machine}, not for AArch64")
+    return entry, [segment for segment in segments if segment.size]
 
 
 def _load_file(path: Path, memory: GuestMemory, start: int, what: str) -> int:
@@ -180,7 +203,10 @@ def _store(path: Path, memory: GuestMemory, start: int, data: bytes) -> int:
 def _fill(path: Path, fd: int, offset: int, view: memoryview) -> None:
     done = 0
     while done < len(view):
-        count = os.preadv(fd, [view[done:]], offset + done)
+        try:
+            count = os.preadv(fd, [view[done:]], offset + done)
+        except OSError as error:
+            raise HostError.from_os("read", path, error) from error
         if count == 0:
             raise HostError(f"cannot read {path}: the file ends after {offset + done} bytes")
         done += count

@@ -104,7 +104,8 @@ def test_dash_and_underscore_are_the_same() -> None:
         ("count", 1.5, "count: expected a whole number from 1 to 8, not 1.5"),
         ("read-only", "yes", "read-only: expected true or false, not 'yes'"),
         ("read-only", 1, "read-only: expected true or false, not 1"),
-        ("cache", "writback", "cache: expected 'writeback' or 'none', not 'writback'; did you mean 'writeback'?"),
+        ("cache", "writback",
+         "cache: expected 'writeback' or 'none', not 'writback'; did you mean 'writeback'?"),
         ("colour", "green", "colour: expected 'red' or 'blue', not 'green'"),
         ("limit", "12 parsecs", "limit: expected a size such as 64K, 16M or 1G, not '12 parsecs'"),
         ("limit", 100, "limit: expected a size such as 64K, 16M or 1G of at least 512 bytes "
@@ -200,9 +201,9 @@ def test_sizes_as_qnx_writes_them(text: str | int, value: int) -> None:
     assert parse_size(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "K", "1.5M", "1KB", "0x", "-1", "1 2", "1e3", "०"])
+@pytest.mark.parametrize("text", ["", "K", "1.5M", "1KB", "0x", "-1", "1 2", "1e3", "\u0966"])
 def test_bad_sizes(text: str) -> None:
-    with pytest.raises(ValueError, match="^ram: expected a size such as 64K, 16M or 1G, not"):
+    with pytest.raises(ValueError, match=r"^ram: expected a size such as 64K, 16M or 1G, not"):
         parse_size(text, "ram")
 
 
@@ -217,14 +218,14 @@ def test_addresses() -> None:
 def test_booleans() -> None:
     assert [parse_bool(word) for word in ("on", "YES", "1", "true")] == [True] * 4
     assert [parse_bool(word) for word in ("off", "no", "0", "False")] == [False] * 4
-    with pytest.raises(ValueError, match="^debug: expected true or false, not '2'$"):
+    with pytest.raises(ValueError, match=r"^debug: expected true or false, not '2'$"):
         parse_bool("2", "debug")
 
 
 @given(st.integers(0, (1 << 64) - 1))
 def test_numbers_round_trip(value: int) -> None:
     assert parse_number(hex(value)) == parse_number(str(value)) == parse_number(f"0d{value}") == value
-    assert parse_size(hex(value)) == parse_address(hex(value)) == value
+    assert int(parse_size(hex(value))) == int(parse_address(hex(value))) == value
 
 
 @given(st.integers(0, 1 << 20), st.sampled_from(["K", "M", "G"]))
@@ -249,7 +250,10 @@ json_values = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from([f.encode_name for f in msgspec.structs.fields(Options)]), json_values))
+option_names = [field.encode_name for field in msgspec.structs.fields(Options)]
+
+
+@given(st.dictionaries(st.sampled_from(option_names), json_values))
 def test_any_value_gives_a_struct_or_problems(values: dict[str, object]) -> None:
     result, problems = convert_options(Options, values, BASE)
     assert (result is None) == bool(problems)

@@ -18,8 +18,6 @@ OUTPUT_LIMIT = 64 * 1024
 #: with interrupts off while a console holds it back, so this must be short.
 STALL_SECONDS = 5.0
 _READ_SIZE = 4096
-#: Bytes a descriptor that may block is given at a time: a pollable pipe takes PIPE_BUF for sure.
-_CAUTIOUS = select.PIPE_BUF
 
 
 def nonblocking_copy(fd: int, flags: int) -> int:
@@ -71,7 +69,11 @@ class Channel:
         self._starved = False
         self._stalled = False
         self._lost = False
-        self._may_block = os.get_blocking(fd) and not stat.S_ISREG(os.fstat(fd).st_mode)
+        # Bytes written at a time, 0 for all. A descriptor that may block is asked first: a pipe or
+        # socket that is ready takes PIPE_BUF for sure, a terminal only one byte.
+        self._cautious = 0
+        if os.get_blocking(fd) and not stat.S_ISREG(os.fstat(fd).st_mode):
+            self._cautious = 1 if os.isatty(fd) else select.PIPE_BUF
         self.sent = self.received = self.dropped = 0
 
     def start(self) -> None:
@@ -161,10 +163,10 @@ class Channel:
         try:
             while done < len(view):
                 chunk = view[done:]
-                if self._may_block:
+                if self._cautious:
                     if not self._ready():
                         break
-                    chunk = chunk[:_CAUTIOUS]
+                    chunk = chunk[: self._cautious]
                 done += os.write(self._fd, chunk)
         except BlockingIOError:
             pass

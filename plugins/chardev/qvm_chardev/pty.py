@@ -35,6 +35,7 @@ class Pty:
             self._master, other = os.openpty()
         except OSError as error:
             raise HostError.from_os("open", "a pseudo-terminal", error) from error
+        os.set_blocking(self._master, False)
         self.path = os.ttyname(other)
         self.description = f"pty {self.path}"
         termios.tcsetattr(other, termios.TCSANOW, raw_modes(termios.tcgetattr(other)))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import time
+import tty
 from collections.abc import Iterator
 
 import pytest
 from qvm_chardev.channel import Channel, nonblocking_copy
-
-from .conftest import Owner, wait_for
+from qvm_chardev.testing import Owner, wait_for
 
 
 class Pair:
@@ -142,6 +142,20 @@ def test_a_blocking_descriptor_is_never_blocked_on(owner: Owner) -> None:
     assert time.monotonic() - started < 2
     channel.close()
     os.close(read_end)
+
+
+def test_a_blocking_terminal_is_never_blocked_on(owner: Owner) -> None:
+    """One that belongs to another user cannot be opened again, and stays blocking."""
+    master, slave = os.openpty()
+    tty.setraw(slave)
+    channel = Channel(
+        slave, worker=owner.worker, on_space=lambda: None, on_lost=lambda error: None, limit=1000
+    )
+    started = time.monotonic()
+    _fill(channel)
+    assert time.monotonic() - started < 2
+    os.close(master)
+    channel.close()
 
 
 def test_a_copy_of_standard_output_leaves_it_blocking() -> None:

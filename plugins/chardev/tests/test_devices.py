@@ -9,13 +9,13 @@ import subprocess
 import sys
 import time
 import tty
+from functools import partial
 from pathlib import Path
 
 import pytest
+from qvm_chardev.testing import Owner, wait_for
 
 from qvmcore.api import HostError
-
-from .conftest import Owner, wait_for
 
 
 def test_output_file_is_emptied_or_appended_to(owner: Owner, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_pty_link_client_and_reconnect(owner: Owner, tmp_path: Path) -> None:
         fd = os.open(link, os.O_RDWR | os.O_NOCTTY)
         assert wait_for(lambda: line.status()["connected"])
         os.write(fd, round_)
-        assert wait_for(lambda want=round_: owner.input.endswith(want))
+        assert wait_for(partial(owner.input.endswith, round_))
         assert line.write(b"out\n") == 4
         assert wait_for(lambda: line.status()["sent"])
         assert os.read(fd, 10) == b"out\n"
@@ -164,7 +164,7 @@ def test_socket_client_mode_reconnect_and_unlink(owner: Owner, tmp_path: Path) -
         with _connect(path) as client:
             assert wait_for(lambda: line.status()["connected"])
             client.send(word)
-            assert wait_for(lambda want=word: owner.input.endswith(want))
+            assert wait_for(partial(owner.input.endswith, word))
             line.write(b"answer")
             assert client.recv(10) == b"answer"
         assert wait_for(lambda: not line.status()["connected"])

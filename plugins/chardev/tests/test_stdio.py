@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 from qvm_chardev import stdio
+from qvm_chardev.channel import Channel
 from qvm_chardev.rawmode import RawMode
 from qvm_chardev.stdio import Stdio
+from qvm_chardev.testing import Owner, wait_for
 
 from qvmcore.api import HostError
-
-from .conftest import Owner, wait_for
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_restored_when_opening_fails_half_way(
         seen_raw.append(_is_raw(tty[1]))
         raise OSError("no epoll")
 
-    monkeypatch.setattr(stdio.Channel, "start", broken)
+    monkeypatch.setattr(Channel, "start", broken)
     with pytest.raises(OSError, match="no epoll"):
         _open(owner, tty[1])
     assert seen_raw == [True]

@@ -15,7 +15,9 @@ from qvmcore.api import HostError, nearest
 
 
 def open_disk(disk: Disk, base: Path, block_size: int = SECTOR) -> Backend:
-    """Open and lock the disk; a relative path starts at ``base``. Raises HostError with the path, the reason and what to do.
+    """Open and lock the disk; a relative path starts at ``base``.
+
+    Raises HostError with the path, the reason and what to do.
 
     A writer holds the image alone; read-only users share it. The lock ends with the process,
     however that ends.

@@ -26,6 +26,10 @@ _HEADER_SIZE = HEADER.size
 _header = HEADER.unpack_from
 _SECTOR_MASK = SECTOR - 1
 
+#: Largest request in bytes. Descriptors may overlap, so a guest can ask for far more than it has
+#: memory; one request must not keep the worker from the end of the VM. Real ones are below 2 MiB.
+MAX_REQUEST = 64 << 20
+
 
 class Request(NamedTuple):
     """A request that may be executed as it stands.
@@ -79,7 +83,12 @@ def parse(chain: Chain, capacity: int, seg_max: int) -> Request:
             return _other(kind, chain)
     offset = sector * SECTOR
     # Python integers do not wrap, so no sector number can pass this check by overflow.
-    if length & _SECTOR_MASK or offset + length > capacity or len(views) > seg_max:
+    if (
+        length & _SECTOR_MASK
+        or offset + length > capacity
+        or len(views) > seg_max
+        or length > MAX_REQUEST
+    ):
         raise RequestError(S_IOERR, _why(offset, length, capacity, len(views), seg_max))
     return Request(kind, offset, length, views)
 
@@ -100,4 +109,6 @@ def _why(offset: int, length: int, capacity: int, segments: int, seg_max: int) -
         return f"data of {length} bytes is not a multiple of {SECTOR}"
     if segments > seg_max:
         return f"{segments} data segments, more than seg_max {seg_max}"
+    if length > MAX_REQUEST:
+        return f"{length} bytes in one request, more than {MAX_REQUEST}"
     return f"{length} bytes at sector {offset // SECTOR} of {capacity // SECTOR}"

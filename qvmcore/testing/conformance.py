@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -76,7 +77,7 @@ class VdevConformance(_Kit):
         cls = self.vdev_class
         assert cls.vdev_type
         assert cls.vdev_type == cls.vdev_type.strip().lower()
-        assert cls.summary or cls.__doc__, "one line for `qvm vdev`"
+        assert "\n" not in cls.summary, "the summary is one line"
         assert issubclass(cls.Options, msgspec.Struct)
         assert cls.Options.__struct_config__.frozen, "Options must be frozen"
         assert all(isinstance(window, Window) for window in cls.windows)
@@ -177,16 +178,24 @@ class TerminationConformance(_Kit):
             memory.close()
 
     def test_nothing_happens_after_the_end(self, tmp_path: Path) -> None:
-        """No interrupt and no write to guest memory, whatever a vCPU still stores."""
+        """No interrupt and no write to guest memory, though work was queued and doorbells still ring."""
         with self.plugged(tmp_path) as device:
             self.load(device)
             device.terminate()
             region = device.memory.regions[0]
             counts = [line.count for line in device.ctx.irqs]
             before = bytes(region.view)
-            _scribble(device)
+            # The vCPUs have stopped, but an ioeventfd or another process may ring late.
+            if device.transport is not None:
+                for _, doorbell in device.transport.doorbells():
+                    doorbell.signal()
+            self.late(device)
+            time.sleep(0.05)
             assert [line.count for line in device.ctx.irqs] == counts
             assert region.view == before
+
+    def late(self, device: Plugged[Any]) -> None:
+        """Let the host side act after the end (input that arrives, say); may be overridden."""
 
     def load(self, device: Plugged[Any]) -> None:
         """Give the device something to do, so that the end meets it at work; may be overridden."""

@@ -24,7 +24,7 @@ class MmioTransport:
     """Connects a virtio device to its register window and to its interrupt line.
 
     Made once, at freeze, before the guest starts; :meth:`read` and :meth:`write` run on vCPU
-    threads under the slot's lock. The line is high while InterruptStatus is not zero (4.2.3.4).
+    threads, several at a time. The line is high while InterruptStatus is not zero (4.2.3.4).
     """
 
     def __init__(self, vdev: VirtioVdev) -> None:
@@ -33,6 +33,7 @@ class MmioTransport:
             raise PluginError(f"{vdev.vdev_type}: config_space() exceeds the {room} bytes of its window")
         self._vdev = vdev
         self._state = vdev.virtio
+        self._config = vdev.virtio.config
         self._device_word = 0
         self._driver_word = 0
         self._queue = 0
@@ -57,7 +58,7 @@ class MmioTransport:
     def read(self, offset: int, size: int) -> int:
         """A register or a piece of the configuration."""
         if offset >= spec.MMIO_CONFIG:
-            return self._state.read_config(offset - spec.MMIO_CONFIG, size)
+            return self._config.read(offset - spec.MMIO_CONFIG, size)
         register = self._reads.get(offset)
         return register() if register is not None and size == 4 else 0
 
@@ -113,7 +114,7 @@ class MmioTransport:
             spec.MMIO_QUEUE_READY: self._queue_ready,
             spec.MMIO_INTERRUPT_STATUS: lambda: self._interrupts,
             spec.MMIO_STATUS: lambda: state.status,
-            spec.MMIO_CONFIG_GENERATION: lambda: state.generation & _ALL,
+            spec.MMIO_CONFIG_GENERATION: lambda: state.config.generation & _ALL,
         }
         # No shared memory region exists: length -1 and base all ones (4.2.2, SHMLenLow).
         for register in (

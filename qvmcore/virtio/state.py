@@ -3,15 +3,13 @@
 A transport turns its registers into the calls of :class:`VirtioState`; the state tells it of
 interrupts through :class:`Transport`. Features are integers of any width, seen 32 bits at a time.
 
-Threads. Register calls come from vCPU threads (under the slot's lock), ``handle_queue`` runs on
-the device's worker, and termination has a thread of its own. Locks, in the order they are taken:
+Threads. Register calls come from any vCPU thread, ``handle_queue`` runs on the device's worker, and
+termination has a thread of its own. Locks, in the order they are taken:
 
-1. the slot's lock (vCPU threads only);
-2. ``_control``: whoever changes the life of the device: status writes, queue stop, reset, end.
+1. ``_control``: whoever changes the life of the device: status writes, queue stop, reset, end.
    Held while the worker is waited for, so the worker must never take it;
-3. ``_lock``: status bits, configuration snapshot, queue table. Short; no call to the device but
-   ``config_space()`` inside;
-4. the transport's interrupt lock.
+2. ``_lock``: status bits and queue table. Short; the device is not called inside;
+3. those of the configuration snapshot and of the transport's interrupt, never together.
 
 Reset quiesces first: the queues die, the doorbells fall silent, then the worker is waited for and
 held still while ``on_deactivate`` runs. A worker that does not come within :data:`QUIESCE_TIMEOUT`
@@ -23,16 +21,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from qvmcore.errors import GuestError, HostError, PluginError
 from qvmcore.events import EventFd
 from qvmcore.termination import Phase
 from qvmcore.types import GuestEnd
 from qvmcore.virtio import spec
+from qvmcore.virtio.config import ConfigSnapshot
 from qvmcore.virtio.park import parked
 from qvmcore.virtio.queue import Virtqueue
 from qvmcore.virtio.queue_setup import QueueSetup
+from qvmcore.virtio.transport import NoTransport, Transport
 
 if TYPE_CHECKING:
     from qvmcore.virtio.device import VirtioVdev
@@ -52,38 +52,14 @@ _DRIVER_BITS = spec.ACKNOWLEDGE | spec.DRIVER | spec.DRIVER_OK | spec.FEATURES_O
 _WELCOME = spec.ACKNOWLEDGE | spec.DRIVER
 
 
-class Transport(Protocol):
-    """What the state machine needs of a transport; any thread, must not block."""
-
-    def interrupt_queue(self, index: int) -> None:
-        """Send a used buffer notification for a queue."""
-
-    def interrupt_config(self) -> None:
-        """Send a configuration change notification."""
-
-    def reset(self) -> None:
-        """Take back every interrupt not acknowledged yet."""
-
-
-class _NoTransport:
-    """Before a transport is attached nobody listens."""
-
-    def interrupt_queue(self, index: int) -> None:
-        """Nobody listens."""
-
-    def interrupt_config(self) -> None:
-        """Nobody listens."""
-
-    def reset(self) -> None:
-        """Nothing is pending."""
-
-
 class VirtioState:
     """The life of one virtio device, and the services its author uses as ``self.virtio``."""
 
     def __init__(self, vdev: VirtioVdev) -> None:
         self._vdev = vdev
-        self._transport: Transport = _NoTransport()
+        #: The driver's view of ``config_space()``, for transports.
+        self.config = ConfigSnapshot(lambda: vdev.config_space())
+        self._transport: Transport = NoTransport()
         self._control = threading.RLock()
         self._lock = threading.Lock()
         self._status = 0
@@ -93,15 +69,12 @@ class VirtioState:
         self._setups = tuple(QueueSetup(size) for size in _checked_sizes(vdev))
         self._queues: list[Virtqueue | None] = [None] * len(self._setups)
         self._doorbells: tuple[EventFd, ...] = ()
-        self._config: bytes | None = None
-        self._generation = 0
-        self._generation_seen = False
         self._activated = False
         self._touched = False  # the device has something to undo at a reset
         self._hung = False
         self._ended = False
 
-    # ---- services for the device ----------------------------------------------------------
+    # ---- services for the device -----------------------------------------------------------
 
     @property
     def features(self) -> int:
@@ -133,10 +106,7 @@ class VirtioState:
         The driver sees the new bytes and the new generation at once, never a mixture. Nothing
         happens when the bytes are the same. The interrupt is sent from DRIVER_OK on (2.1.2).
         """
-        with self._lock:
-            changed = self._refresh_config()
-            live = self._activated and not self._ended
-        if changed and live:
+        if self.config.refresh() and self._activated and not self._ended:
             self._transport.interrupt_config()
 
     def needs_reset(self, error: BaseException) -> None:
@@ -256,34 +226,17 @@ class VirtioState:
         """The driver notified a queue. A number without a queue, or before DRIVER_OK: ignored (2.1.2)."""
         self.kick(index)
 
-    @property
-    def generation(self) -> int:
-        """The configuration generation (2.5), counting up without a limit; transports cut it."""
-        with self._lock:
-            self._generation_seen = True
-            return self._generation
-
-    def read_config(self, offset: int, size: int) -> int:
-        """``size`` bytes of the device configuration, little-endian; zero behind its end."""
-        with self._lock:
-            if self._config is None:
-                self._config = self._vdev.config_space()
-            self._generation_seen = True
-            return int.from_bytes(self._config[offset : offset + size], "little")
-
     def write_config(self, offset: int, size: int, value: int) -> None:
         """The driver writes the device configuration; dropped unless wholly inside it."""
         with self._control:
-            length = len(self._config if self._config is not None else self._vdev.config_space())
-            if offset + size > length or self._hung or self._ended:
+            if offset + size > self.config.length or self._hung or self._ended:
                 return
             self._touched = True
             self._vdev.config_write(offset, value.to_bytes(size, "little"))
-            with self._lock:
-                self._refresh_config()
+            self.config.refresh()
 
     def reset(self) -> None:
-        """Back to the fresh state (2.4). Any thread but with care: waits for the worker, bounded."""
+        """Back to the fresh state (2.4). Any thread; waits for the worker, bounded."""
         with self._control:
             if self._hung or self._ended:
                 return
@@ -298,7 +251,7 @@ class VirtioState:
                 self._queues = [None] * len(self._setups)
                 for setup in self._setups:
                     setup.reset()
-                self._refresh_config()
+            self.config.refresh()
             self._transport.reset()
 
     # ---- inside ----------------------------------------------------------------------------
@@ -362,17 +315,6 @@ class VirtioState:
                 queue.notify()
 
         return serve
-
-    def _refresh_config(self) -> bool:
-        """Take a new snapshot of the configuration; whether it differs. ``_lock`` is held."""
-        old, self._config = self._config, self._vdev.config_space()
-        if old is None or old == self._config:
-            return False
-        if self._generation_seen:
-            # Nobody can mix two versions he did not look at, so an unread generation is not spent.
-            self._generation += 1
-            self._generation_seen = False
-        return True
 
     def _kill_queues(self) -> None:
         for queue in self._queues:

@@ -99,8 +99,8 @@ def disk(builtin: bool) -> Plugged[Any]:
     """The virtio-blk plugin if it is here."""
     if not builtin:
         try:
-            cls = importlib.import_module("qvm_virtio_blk").VirtioBlk
-        except (ImportError, AttributeError):
+            (cls,) = importlib.import_module("qvm_virtio_blk").qvm_vdev_types()
+        except ImportError:
             print("virtio-blk is not installed; using the built-in disk", file=sys.stderr)
         else:
             fd = os.memfd_create("bench-disk")
@@ -114,6 +114,8 @@ def bring_up(device: Plugged[Any]) -> tuple[MmioDriver, Feeder]:
     driver = MmioDriver.of(device)
     driver.start(1 << spec.VIRTIO_F_VERSION_1 | 1 << spec.VIRTIO_F_EVENT_IDX)
     device.settle()
+    # A device may have changed its configuration at the activation; its interrupt is not counted.
+    driver.ack()
     return driver, Feeder(driver.queues[0])
 
 

@@ -67,9 +67,9 @@ class VirtioAbuse(RuleBasedStateMachine):
 
     # ---- the guest ---------------------------------------------------------------------------
 
-    @initialize()
-    def power_on(self) -> None:
-        """A device nobody has touched."""
+    @initialize(up=st.booleans())
+    def power_on(self, up: bool) -> None:
+        """A device nobody has touched, or one a good driver has just brought up."""
         self.plugged = self.device()
         vdev = self.plugged.vdev
         assert isinstance(vdev, VirtioVdev), f"{vdev!r} is no VirtioVdev"
@@ -80,9 +80,10 @@ class VirtioAbuse(RuleBasedStateMachine):
         self.guard = region.end - GUARD
         self.plugged.memory.write(self.guard, _PATTERN)
         self.rings: list[SplitDriver] = []
-        self.offered: list[int] = []
         self.smashed = False
         self.driver = self._new_driver()
+        if up:
+            self._bring_up(None)
 
     @rule(access=accesses())
     def touch_a_register(self, access: Access) -> None:
@@ -120,6 +121,7 @@ class VirtioAbuse(RuleBasedStateMachine):
         for number, row in enumerate(rows):
             ring.write_desc((first + number) % ring.size, *self._tame(row))
         ring.offer(first)
+        self._go(ring, data)
 
     @precondition(lambda self: self.rings)
     @rule(data=st.data())
@@ -127,21 +129,21 @@ class VirtioAbuse(RuleBasedStateMachine):
         """A table of rows, and a reference to it that may have the wrong length."""
         ring = self._pick(data)
         rows = data.draw(st.lists(descriptors(self.start, self.guard, 4), min_size=1, max_size=5))
-        mark = self.driver.ram.mark()
         address, length = ring.raw_table([self._tame(row) for row in rows])
         length += data.draw(st.sampled_from((0, 0, 0, -1, 1, 16, -16)))
         slot = data.draw(st.integers(0, ring.size - 1))
         flags = spec.VIRTQ_DESC_F_INDIRECT | data.draw(st.sampled_from((0, 0, 1, 2)))
         ring.write_desc(slot, address, max(0, length), flags, 0)
         ring.offer(slot)
-        if self.driver.ram.mark() - mark > 1 << 16:
-            self.driver.ram.release(mark)
+        self._go(ring, data)
 
     @precondition(lambda self: self.rings)
     @rule(data=st.data(), head=st.one_of(st.integers(0, 63), st.integers(0, 0xFFFF)))
     def offer_a_head(self, data: st.DataObject, head: int) -> None:
         """A ring entry that may name anything."""
-        self._pick(data).offer(head)
+        ring = self._pick(data)
+        ring.offer(head)
+        self._go(ring, data)
 
     @precondition(lambda self: self.rings)
     @rule(data=st.data(), chain=good_chains())
@@ -152,6 +154,7 @@ class VirtioAbuse(RuleBasedStateMachine):
             ring.add(*chain)
         except MemoryError:
             return
+        self._go(ring, data)
 
     @precondition(lambda self: self.rings)
     @rule(data=st.data(), jump=st.sampled_from((None, None, None, None, 1, -1, 64, 0x8000)))
@@ -191,8 +194,6 @@ class VirtioAbuse(RuleBasedStateMachine):
         self.check_works(self.plugged, self.driver)
         self._settled()
         assert not self.driver.needs_reset
-        self.driver.reset()
-        self._forget_rings()
 
     # ---- what must hold ------------------------------------------------------------------------
 
@@ -249,6 +250,13 @@ class VirtioAbuse(RuleBasedStateMachine):
     def _forget_rings(self) -> None:
         self.rings = []
         self.smashed = False
+
+    def _go(self, ring: SplitDriver, data: st.DataObject) -> None:
+        """Mostly at once, so that runs get far; sometimes later, together with more."""
+        if data.draw(st.sampled_from((True, True, True, False))):
+            ring.publish()
+            ring.notify()
+            self._settled()
 
     def _pick(self, data: st.DataObject) -> SplitDriver:
         return data.draw(st.sampled_from(self.rings))

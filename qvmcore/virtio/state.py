@@ -159,10 +159,8 @@ class VirtioState:
         return self.offered >> 32 * word & 0xFFFFFFFF if word < FEATURE_WORDS else 0
 
     def write_driver_features(self, word: int, value: int) -> None:
-        """The driver accepts these 32 bits. Too late after FEATURES_OK (2.2): ignored."""
+        """The driver accepts these 32 bits. Without effect after FEATURES_OK, which took a copy (2.2)."""
         with self._control:
-            if self._status & spec.FEATURES_OK:
-                return
             if word >= FEATURE_WORDS:
                 # Nothing is offered up there; remembered, not stored: the word number is the guest's.
                 self._beyond = self._beyond or value != 0

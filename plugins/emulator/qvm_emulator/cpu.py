@@ -20,8 +20,6 @@ from unicorn import (
     UC_PROT_ALL,
     UC_PROT_EXEC,
     UC_PROT_READ,
-    Uc,
-    UcError,
 )
 from unicorn.arm64_const import (
     UC_ARM64_REG_CP_REG,
@@ -33,7 +31,7 @@ from unicorn.arm64_const import (
     UC_ARM64_REG_X30,
     UC_CPU_ARM64_A72,
 )
-from unicorn.unicorn_py3.unicorn import uclib
+from unicorn.unicorn_py3.unicorn import Uc, UcError, uclib
 
 from qvm_emulator.timer import FREQUENCY, NEVER, TimerChannel
 from qvmcore.api import CpuEntry, EngineError, GuestMemory
@@ -117,7 +115,8 @@ class Cpu(abc.ABC):
         #: The longest one WFI may sleep, in ns; NEVER when the mode knows a WFI for sure.
         self.sleep_limit = NEVER
         try:
-            self.uc: Any = Uc(UC_ARCH_ARM64, UC_MODE_ARM)  # the binding has no types
+            make: Any = Uc  # the binding has no types
+            self.uc: Any = make(UC_ARCH_ARM64, UC_MODE_ARM)
             self.uc.ctl_set_cpu_model(UC_CPU_ARM64_A72)
             self.uc.ctl_exits_enabled(True)  # the empty set of exits: no address ends a run
             self._map()
@@ -203,8 +202,10 @@ class Cpu(abc.ABC):
         """Memory by pointer, the windows, and the bus everywhere else."""
         taken: list[tuple[int, int]] = []
         for region, (start, end, host) in zip(self.wiring.memory.regions, self.ram, strict=True):
-            rights = UC_PROT_READ | UC_PROT_EXEC if region.rom else UC_PROT_ALL
-            self.uc.mem_map_ptr(start, end - start, rights, ctypes.c_void_p(host))
+            self.uc.mem_map_ptr(start, end - start, UC_PROT_ALL, ctypes.c_void_p(host))
+            if region.rom:
+                # Only protecting afterwards makes the core drop a store; mapping it so does not.
+                self.uc.mem_protect(start, end - start, UC_PROT_READ | UC_PROT_EXEC)
             taken.append((start, end))
         for window in self.wiring.windows:
             self._map_window(window)

@@ -129,10 +129,12 @@ class EmulatedGuest:
         while True:
             self._wake.set()
             self._alarm.set()
-            if vcpu is None or vcpu is threading.current_thread() or not vcpu.is_alive():
+            if vcpu is None or not vcpu.is_alive():
                 return True
             # Repeated: a kick that arrives between two runs has no effect.
             self._cpu.kick()
+            if vcpu is threading.current_thread():
+                return True  # called from a register handler: it stops when the handler returns
             left = deadline - time.monotonic()
             if left <= 0:
                 return False

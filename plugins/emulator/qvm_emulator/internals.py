@@ -6,9 +6,10 @@ maintenance. The library can: nearly all of its functions are exported, and a fe
 read or written. Everything of that kind is in this file and nowhere else.
 
 The offsets were read off the manylinux x86_64 wheel of Unicorn 2.1.4. They are checked three times:
-the library must carry the expected version and symbols, the pointers found must agree with each other
-(``env_ptr`` is inside the CPU object; every register description carries the expected name), and the
-self-test runs a guest that would go wrong if any of them were off. Never use this class without it.
+the library must be that very build (version, and distances between its entry points), the pointers
+found must agree with each other (``env_ptr`` is inside the CPU object; every register description
+carries the expected name), and the self-test runs a guest that would go wrong if any of them were off.
+Never use this class without it.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import mmap
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from unicorn import Uc
 from unicorn.unicorn_py3.unicorn import uclib
 
 
@@ -39,6 +40,8 @@ class Layout:
     cpu_icount_decr: int  # CPU object -> 32-bit field whose upper half asks the code to leave
     cpu_env: int  # CPU object: where the architectural state is embedded
     cpu_cp_regs: int  # CPU object -> table of system registers (pointer)
+    #: Distances between the entry points of _SYMBOLS, in order: they differ from build to build.
+    fingerprint: tuple[int, ...]
 
 
 LAYOUTS = {
@@ -50,6 +53,7 @@ LAYOUTS = {
         cpu_icount_decr=0x130,
         cpu_env=0xA350,
         cpu_cp_regs=0xD510,
+        fingerprint=(-0x7660, 0x65F0, -0x76640, 0x5BB40),
     ),
 }
 
@@ -119,13 +123,16 @@ def _layout(version: str) -> Layout:
     missing = [name for name in _SYMBOLS if not hasattr(uclib, name)]
     if missing:
         raise Unsuitable(f"this Unicorn library does not export {', '.join(missing)}")
+    entries = [ctypes.cast(getattr(uclib, name), ctypes.c_void_p).value or 0 for name in _SYMBOLS]
+    if tuple(b - a for a, b in pairwise(entries)) != layout.fingerprint:
+        raise Unsuitable(f"this is another build of Unicorn {version} than the one that was verified")
     return layout
 
 
 class Internals:
-    """Handles into one ``Uc``; it must outlive this object. vCPU thread unless said otherwise."""
+    """Handles into one ``unicorn.Uc``; it must outlive this object. vCPU thread unless said otherwise."""
 
-    def __init__(self, uc: Uc, version: str) -> None:
+    def __init__(self, uc: Any, version: str) -> None:
         layout = _layout(version)
         self._uc = int(uc._uch.value)
         cpu = _pointer(self._uc + layout.uc_cpu)

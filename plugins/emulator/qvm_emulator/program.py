@@ -198,16 +198,18 @@ _start:
 200 f940016d  ldr x13, [x11]
 204 eb0a01bf  cmp x13, x10
 208 54ffff63  b.cc 1f4 <_start+0x1f4>
-20c d50342df  msr daifset, #0x2
-210 d28000c1  mov x1, #0x6
-214 f9002261  str x1, [x19, #64]
-218 58006dc0  ldr x0, fd0 <dead+0x4c>
-21c f9401a61  ldr x1, [x19, #48]
-220 b4000041  cbz x1, 228 <_start+0x228>
-224 aa0103e0  mov x0, x1
-228 d4000002  hvc #0x0
-22c d503207f  wfi
-230 17ffffff  b 22c <_start+0x22c>
+20c f940526d  ldr x13, [x19, #160]
+210 b4ffffed  cbz x13, 20c <_start+0x20c>
+214 d50342df  msr daifset, #0x2
+218 d28000c1  mov x1, #0x6
+21c f9002261  str x1, [x19, #64]
+220 58006d80  ldr x0, fd0 <dead+0x4c>
+224 f9401a61  ldr x1, [x19, #48]
+228 b4000041  cbz x1, 230 <_start+0x230>
+22c aa0103e0  mov x0, x1
+230 d4000002  hvc #0x0
+234 d503207f  wfi
+238 17ffffff  b 234 <_start+0x234>
 patched:
 240 d2800000  mov x0, #0x0
 244 d65f03c0  ret

@@ -82,6 +82,7 @@ class SafeCpu(Cpu):
         self._in_loop = False  # ... and it met another maintenance operation
         self._slept_at = 0  # pc behind the last WFI
         self._thread = 0
+        self._kicked = False
         self._masked = 0  # slices since an interrupt began to wait for being unmasked
         self._timers = {
             (crm, op2): handler
@@ -101,6 +102,7 @@ class SafeCpu(Cpu):
 
     def run(self) -> bool:
         self._thread = threading.get_ident()
+        self._kicked = False
         for crm, timer in ((3, self.wiring.virtual_timer), (2, self.wiring.physical_timer)):
             self._show_timer(crm, timer)
         count = _SLICE
@@ -130,7 +132,9 @@ class SafeCpu(Cpu):
             self.sleep_limit = _FIRST_SLEEP_NS
 
     def kick(self) -> None:
-        # From another thread a stop would not be exact; a slice ends soon enough.
+        # From another thread a stop would not be exact; a slice ends soon enough, or the next
+        # exception does when the guest executes nothing but exceptions.
+        self._kicked = True
         if threading.get_ident() == self._thread:
             uclib.uc_emu_stop(self._handle)
 
@@ -138,6 +142,9 @@ class SafeCpu(Cpu):
 
     def _on_exception(self, _uc: int, number: int, _data: int) -> None:
         try:
+            if self._kicked or self._irq:
+                # Exceptions are slow here: a slice full of them would keep an interrupt waiting.
+                uclib.uc_emu_stop(self._handle)
             if number == _EXCEPTION_HVC:
                 self._answer_hypercall()
                 return

@@ -23,7 +23,7 @@ class ConfigSnapshot:
 
     @property
     def generation(self) -> int:
-        """Counts the versions the driver may have seen, without a limit; transports cut it."""
+        """Differs from an earlier value if anything changed since; counts up, transports cut it."""
         with self._lock:
             self._seen = True
             return self._generation
@@ -37,7 +37,6 @@ class ConfigSnapshot:
     def read(self, offset: int, size: int) -> int:
         """``size`` bytes at ``offset``, little-endian; zero behind the end."""
         with self._lock:
-            self._seen = True
             return int.from_bytes(self._current()[offset : offset + size], "little")
 
     def refresh(self) -> bool:
@@ -47,7 +46,8 @@ class ConfigSnapshot:
             if old is None or old == self._bytes:
                 return False
             if self._seen:
-                # Nobody can mix two versions without having looked, so no generation is spent.
+                # Only who knows the number could compare, so an unread one is not spent: it has
+                # as few as 8 bits on some transports.
                 self._generation += 1
                 self._seen = False
             return True

@@ -43,8 +43,9 @@ class AddressSpace:
     def __init__(self, unsupported: UnsupportedHook | None = None) -> None:
         self._mapped: list[Mapped] = []
         self._bases: list[int] = []
-        self._rows: list[tuple[int, int, frozenset[int], Callable[[int, int], int],
-                               Callable[[int, int, int], None]]] = []
+        self._rows: list[
+            tuple[int, int, frozenset[int], Callable[[int, int], int], Callable[[int, int, int], None]]
+        ] = []
         self._unsupported = unsupported
         self._frozen = False
 

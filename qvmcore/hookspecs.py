@@ -49,9 +49,9 @@ def qvm_engines() -> Iterable[Engine]:  # type: ignore[empty-body]
 def qvm_cli_commands(register: Callable[[str, click.Command], None]) -> None:
     """Discovery: sub-commands of ``qvm`` (entry-point group ``qvm.command.v1``)::
 
-        @hookimpl
-        def qvm_cli_commands(register):
-            register("guest", guest_command)
+    @hookimpl
+    def qvm_cli_commands(register):
+        register("guest", guest_command)
     """
 
 

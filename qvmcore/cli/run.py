@@ -33,8 +33,8 @@ def run(state: State, files: tuple[Path, ...], overrides: tuple[str, ...], engin
     SIGUSR1                    log the state of every vdev
 
     \b
-    Exit code  0  the guest ended, or the power button was pressed
-               3  SIGQUIT               4  watchdog
+    Exit code  0  the guest powered off or reset
+               3  the power was cut     4  watchdog
                5  unsupported access    6  a vdev failed     7  the guest crashed
               64  could not start      65  wrong VM file    96  failed while running
     """

@@ -29,14 +29,16 @@ class Virtqueue(abc.ABC):
     size: int
 
     def __iter__(self) -> Iterator[Chain]:
-        """Pop chains until none is left; ready to be woken by the driver afterwards."""
+        """Pop chains until :meth:`pop` gives None."""
         return iter(self.pop, None)
 
     @abc.abstractmethod
     def pop(self) -> Chain | None:
-        """The next chain, None when the driver offers none.
+        """The next chain, None when the driver offers none; it will notify of the next one then.
 
-        Driver notifications are off from the first chain until this returns None. A ring or chain
+        Driver notifications are off from the first chain until this returns None. It also returns
+        None after ``size`` chains without a :meth:`notify`, so that no driver keeps the worker for
+        itself; ``notify`` then has ``handle_queue`` called again. A ring or chain
         that breaks the rules puts the device into DEVICE_NEEDS_RESET and raises BadDescriptorChain.
         """
 

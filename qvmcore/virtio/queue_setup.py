@@ -45,7 +45,8 @@ class QueueSetup:
         features: int,
         interrupt: Callable[[], None],
         on_error: Callable[[BaseException], None],
+        again: Callable[[], None],
     ) -> Virtqueue:
         """The queue in the format the features ask for; it must have been enabled."""
         assert self._rings is not None
-        return SplitQueue(index, self._rings, memory, features, interrupt, on_error)
+        return SplitQueue(index, self._rings, memory, features, interrupt, on_error, again)

@@ -61,14 +61,15 @@ class SplitQueue(Virtqueue):
     """A split virtqueue between DRIVER_OK and reset.
 
     ``interrupt()`` signals a used buffer notification; ``on_error(error)`` is told of a broken
-    ring before BadDescriptorChain is raised. Positions count up without wrapping; only what is
-    stored in the rings wraps at 65536.
+    ring before BadDescriptorChain is raised; ``again()`` has the device come back for what a driver
+    that never stops offering left behind. Positions count up without wrapping; only what is stored
+    in the rings wraps at 65536.
     """
 
     __slots__ = (
-        "_avail", "_dead", "_elements", "_event_idx", "_fence", "_indirect", "_interrupt", "_interrupts",
-        "_last", "_mask", "_newest", "_offered", "_on_error", "_pushed", "_region", "_roms", "_signalled",
-        "_table", "_used", "_view",
+        "_again", "_avail", "_budget", "_dead", "_elements", "_event_idx", "_fence", "_indirect",
+        "_interrupt", "_interrupts", "_last", "_mask", "_more", "_newest", "_offered", "_on_error",
+        "_pushed", "_region", "_roms", "_signalled", "_table", "_used", "_view",
     )  # fmt: skip
 
     def __init__(
@@ -79,6 +80,7 @@ class SplitQueue(Virtqueue):
         features: int,
         interrupt: Callable[[], None],
         on_error: Callable[[BaseException], None],
+        again: Callable[[], None],
     ) -> None:
         self.index = index
         self.size = rings.size
@@ -96,10 +98,13 @@ class SplitQueue(Virtqueue):
         self._indirect = bool(features >> spec.VIRTIO_F_INDIRECT_DESC & 1)
         self._interrupt = interrupt
         self._on_error = on_error
+        self._again = again
         self._fence = threading.Lock()
         self._dead = False
         self._last = 0  # chains popped
         self._offered = 0  # chains known to be offered
+        self._budget = rings.size  # position up to which pop() gives chains before the next notify()
+        self._more = False  # pop() stopped there
         self._pushed = 0
         self._signalled = 0  # value of _pushed at the last notify()
         self._interrupts = 0
@@ -197,8 +202,14 @@ class SplitQueue(Virtqueue):
 
     def notify(self) -> None:
         """See :meth:`Virtqueue.notify`; suppression as 2.7.7.2 says."""
+        if self._dead:
+            return
+        self._budget = self._last + self.size
+        if self._more:
+            self._more = False
+            self._again()
         new = self._pushed - self._signalled
-        if self._dead or not new:
+        if not new:
             return
         self._signalled = self._pushed
         with self._fence:
@@ -254,8 +265,10 @@ class SplitQueue(Virtqueue):
             self._fail(f"{new} chains offered with {in_flight} in flight and a queue size of {self.size}")
         if not self._event_idx:
             self._used[0] = spec.VIRTQ_USED_F_NO_NOTIFY
-        self._offered = last + new
-        return True
+        # A driver may offer as fast as the device serves: a queue's worth, then others get a turn.
+        self._offered = min(last + new, self._budget)
+        self._more = self._offered == last
+        return not self._more
 
     def _fail(self, message: str) -> NoReturn:
         error = BadDescriptorChain(f"queue {self.index}: {message}")

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from qvmcore.errors import GuestError, HostError, PluginError
@@ -174,7 +175,7 @@ class VirtioState:
             if value == 0:
                 self.reset()
                 return
-            if self._hung or self._ended:
+            if self._ended:
                 return
             new = value & _DRIVER_BITS & ~self._status
             with self._lock:
@@ -227,7 +228,7 @@ class VirtioState:
     def write_config(self, offset: int, size: int, value: int) -> None:
         """The driver writes the device configuration; dropped unless wholly inside it."""
         with self._control:
-            if offset + size > self.config.length or self._hung or self._ended:
+            if offset + size > self.config.length or self._ended:
                 return
             self._touched = True
             self._vdev.config_write(offset, value.to_bytes(size, "little"))
@@ -276,7 +277,12 @@ class VirtioState:
         for index, setup in enumerate(self._setups):
             if setup.ready:
                 self._queues[index] = setup.make(
-                    index, vdev.ctx.memory, self._features, self._interrupter(index), self.needs_reset
+                    index,
+                    vdev.ctx.memory,
+                    self._features,
+                    partial(self._transport.interrupt_queue, index),
+                    self.needs_reset,
+                    self._doorbells[index].signal,
                 )
         with self._lock:
             self._status |= spec.DRIVER_OK
@@ -291,10 +297,6 @@ class VirtioState:
                 vdev.ctx.worker.watch(doorbell.fd, self._server(index))
                 # Buffers offered before DRIVER_OK came without a notification.
                 doorbell.signal()
-
-    def _interrupter(self, index: int) -> Callable[[], None]:
-        transport = self._transport
-        return lambda: transport.interrupt_queue(index)
 
     def _server(self, index: int) -> Callable[[], None]:
         """What the worker does for a ring of the doorbell: drain the queue, then one notification."""

@@ -210,6 +210,8 @@ def test_2_2_1_features_in_words_that_were_not_offered_are_refused(driver: MmioD
     driver.write(spec.MMIO_DRIVER_FEATURES, 1)
     driver.status = ACK | DRIVER | FEATURES
     assert not driver.status & FEATURES
+    driver.start()
+    assert driver.status == ACK | DRIVER | FEATURES | OK
 
 
 @pytest.mark.parametrize("bit", [1, 24, 31, 33, 63, 101, 127])

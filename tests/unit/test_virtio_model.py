@@ -42,8 +42,10 @@ class RingModel(RuleBasedStateMachine):
         self.driver = SplitDriver(GuestRam(self.memory), size, features, self.kick)
         self.driver.indirect = indirect
         rings = SplitRings(self.memory, size, self.driver.desc, self.driver.avail, self.driver.used)
-        self.queue = SplitQueue(0, rings, self.memory, features, self.interrupt, lambda error: None)
-        self.interrupts = self.expected = self.kicks = 0
+        calls = (self.interrupt, lambda error: None, self.come_back)
+        self.queue = SplitQueue(0, rings, self.memory, features, *calls)
+        self.interrupts = self.expected = self.kicks = self.returns = 0
+        self.budget = size
         self.waiting: deque[tuple[Request, bytes]] = deque()
         self.unpublished: deque[tuple[Request, bytes]] = deque()
         self.given_back: dict[int, tuple[Request, int, bytes]] = {}
@@ -57,6 +59,7 @@ class RingModel(RuleBasedStateMachine):
             self.fast_forward(65536 - start)
 
     def fast_forward(self, count: int) -> None:
+        self.queue._budget = count + self.driver.size
         self.queue._last = self.queue._offered = self.queue._pushed = self.queue._signalled = count
         self.driver.avail_idx = self.driver.published = self.driver.last_used = count
         self.driver.publish()
@@ -70,6 +73,9 @@ class RingModel(RuleBasedStateMachine):
 
     def kick(self) -> None:
         self.kicks += 1
+
+    def come_back(self) -> None:
+        self.returns += 1
 
     @rule(chain=good_chains())
     def add(self, chain: tuple[list[bytes], list[int]]) -> None:
@@ -100,6 +106,14 @@ class RingModel(RuleBasedStateMachine):
             self.asleep = True
             return None
         self.asleep = False
+        if not self.budget:
+            assert chain is None
+            self.queue.notify()
+            assert self.returns == 1
+            self.returns = 0
+            self.notified()
+            return None
+        self.budget -= 1
         request, data = self.waiting.popleft()
         assert chain is not None
         assert chain.head == request.head
@@ -109,7 +123,7 @@ class RingModel(RuleBasedStateMachine):
 
     @rule()
     def unpop(self) -> None:
-        if self.waiting:
+        if self.waiting and self.budget:
             chain = self.queue.pop()
             assert chain is not None
             self.queue.unpop(chain)
@@ -129,6 +143,10 @@ class RingModel(RuleBasedStateMachine):
     @rule()
     def notify(self) -> None:
         self.queue.notify()
+        self.notified()
+
+    def notified(self) -> None:
+        self.budget = self.driver.size
         if self.silent:
             if self.driver.event_idx:
                 new = range(self.pushed - self.silent, self.pushed)

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from qvmcore.termination import Phase
 from qvmcore.testing.driver import MmioDriver
 from qvmcore.testing.fakes import Plugged, plug
 from qvmcore.testing.samples import Echo
+from qvmcore.types import GuestEnd, Reason
 from qvmcore.virtio import spec, state
 from qvmcore.virtio.queue import Virtqueue
 
@@ -86,6 +88,7 @@ def test_2_4_1_a_hung_worker_faults_the_device_and_the_reset_never_completes(
     monkeypatch.setattr(state, "QUIESCE_TIMEOUT", 0.1)
     blocked(echo, driver)
     ring = driver.queues[0]
+    assert driver.status == 15
     started = time.monotonic()
     driver.write(spec.MMIO_STATUS, 0)
     assert time.monotonic() - started < 1
@@ -93,10 +96,11 @@ def test_2_4_1_a_hung_worker_faults_the_device_and_the_reset_never_completes(
     virtio = echo.vdev.virtio
     stuck = spec.DEVICE_NEEDS_RESET | spec.FAILED
     assert virtio.status & stuck == stuck
+    before = virtio.status
     for _ in range(3):
         virtio.write_status(0)
-        virtio.write_status(spec.ACKNOWLEDGE)
-    assert virtio.status & stuck == stuck
+        virtio.write_status(spec.ACKNOWLEDGE | spec.DRIVER | 0x30)
+    assert virtio.status == before
     assert not virtio.active
     echo.vdev.gate.set()
     echo.settle()
@@ -138,6 +142,18 @@ def test_the_end_quiesces_and_silences_everything(echo: Plugged[Echo], driver: M
     assert echo.irq.rises == rises
     assert driver.queues[0].used_idx == 1
     assert {result.verdict for result in echo.terminate()} == {"ok"}
+
+
+def test_no_dma_after_the_first_phase_of_the_end(echo: Plugged[Echo], driver: MmioDriver) -> None:
+    """The worker still runs then, and a vCPU that did not stop still notifies."""
+    (stop_dma,) = [step for step in echo.ctx.plan.callbacks if step.phase is Phase.STOP_DMA]
+    stop_dma.run(GuestEnd(Reason.GUEST_SHUTDOWN))
+    driver.queues[0].submit([b"late"], [4])
+    driver.notify(0)
+    echo.settle()
+    assert driver.queues[0].used_idx == 0
+    assert echo.irq.rises == 0
+    assert echo.vdev.lives == ["active", "inactive"]
 
 
 def test_services_called_during_a_reset_do_not_deadlock() -> None:

@@ -26,9 +26,14 @@ class Bench:
         self.ram = GuestRam(self.memory, region.start, region.size)
         self.driver = SplitDriver(self.ram, size, features)
         self.interrupts = 0
+        self.again = 0
         self.errors: list[BaseException] = []
         rings = SplitRings(self.memory, size, self.driver.desc, self.driver.avail, self.driver.used)
-        self.queue = SplitQueue(3, rings, self.memory, features, self.interrupt, self.errors.append)
+        calls = (self.interrupt, self.errors.append, self.more)
+        self.queue = SplitQueue(3, rings, self.memory, features, *calls)
+
+    def more(self) -> None:
+        self.again += 1
 
     def interrupt(self) -> None:
         self.interrupts += 1
@@ -175,7 +180,7 @@ def test_2_7_5_2_total_length_over_2_32_is_refused() -> None:
     driver = SplitDriver(GuestRam(memory), 8)
     errors: list[BaseException] = []
     rings = SplitRings(memory, 8, driver.desc, driver.avail, driver.used)
-    queue = SplitQueue(0, rings, memory, 0, lambda: None, errors.append)
+    queue = SplitQueue(0, rings, memory, 0, lambda: None, errors.append, lambda: None)
     for index in range(4):
         driver.write_desc(index, RAM, size, NEXT if index < 3 else 0, index + 1)
     driver.offer(0)
@@ -603,18 +608,39 @@ def test_2_7_7_2_used_event_across_the_wrap(event: int, interrupts: int) -> None
     assert bench.interrupts == 1 + interrupts
 
 
-def test_a_batch_of_more_than_65536_is_never_taken_for_none() -> None:
-    bench = Bench(EVENT_IDX)
+@pytest.mark.parametrize("features", [0, EVENT_IDX])
+def test_a_driver_that_never_stops_offering_gets_a_queue_at_a_time(features: int) -> None:
+    bench = Bench(features)
     bench.driver.write_desc(0, RAM, 4, 0, 0)
-    bench.driver.set_used_event(5)
-    for _ in range(65536):
+    bench.driver.offer(0)
+    bench.driver.publish()
+    served = 0
+    for chain in bench.queue:
+        served += 1
+        bench.queue.push(chain)
         bench.driver.offer(0)
         bench.driver.publish()
-        chain = bench.queue.pop()
-        assert chain is not None
-        bench.queue.push(chain)
+    assert (served, bench.again, bench.interrupts) == (SIZE, 0, 0)
+    assert bench.queue.pop() is None
     bench.queue.notify()
-    assert bench.interrupts == 1
+    assert (bench.again, bench.interrupts) == (1, 1)
+    assert bench.serve() == 1
+    bench.queue.notify()
+    assert bench.again == 1
+
+
+def test_the_device_comes_back_for_a_chain_given_back_at_the_limit() -> None:
+    bench = Bench()
+    for _ in range(SIZE):
+        bench.driver.submit([b"x"])
+    chains = [bench.queue.pop() for _ in range(SIZE)]
+    last = chains[-1]
+    assert last is not None
+    bench.queue.unpop(last)
+    assert bench.queue.pop() is not None
+    assert bench.queue.pop() is None
+    bench.queue.notify()
+    assert bench.again == 0
 
 
 def test_2_7_10_2_notifications_are_off_while_serving_and_on_when_idle() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import tty
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -235,6 +236,21 @@ def test_a_live_socket_is_refused_and_survives(owner: Owner, tmp_path: Path) -> 
     with _connect(tmp_path / "s"):
         assert wait_for(lambda: first.status()["connected"])
     first.close()
+
+
+def test_a_live_socket_too_busy_to_answer_is_not_stale(owner: Owner, tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(path)
+        listener.listen(0)
+        for _ in range(3):
+            waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+            waiting.setblocking(False)
+            waiting.connect_ex(path)
+        with pytest.raises(HostError, match="another process listens"):
+            owner.open("unix:s")
+        assert (tmp_path / "s").is_socket()
 
 
 def test_close_leaves_a_node_that_is_not_ours(owner: Owner, tmp_path: Path) -> None:

@@ -104,7 +104,10 @@ def test_output_reaches_the_person(owner: Owner, tty: tuple[int, int]) -> None:
     line.close()
 
 
-def test_escape_key_works_while_the_guest_reads_nothing(owner: Owner, tty: tuple[int, int]) -> None:
+def test_escape_key_works_while_the_guest_reads_nothing(
+    owner: Owner, tty: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stdio, "TICK_SECONDS", 60)
     line = _open(owner, tty[1])
     line.pause_input()
     _type(tty[0], b"typed ahead")
@@ -219,6 +222,36 @@ def test_a_background_process_neither_stops_nor_touches_the_terminal(tty: tuple[
                                  process_group=0, stderr=subprocess.PIPE)
         said = child.stderr.read().decode()
         sys.exit(0 if child.wait() == 0 and "cooked" in said else 1)
+    """
+
+    def own_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    before = termios.tcgetattr(tty[1])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(wrapper)],
+        stdin=tty[1], stdout=tty[1], preexec_fn=own_terminal, timeout=30, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert termios.tcgetattr(tty[1]) == before
+
+
+def test_a_process_moved_to_the_background_restores_the_terminal_and_ends(tty: tuple[int, int]) -> None:
+    """Its modes are still there, so nobody else will put the old ones back."""
+    wrapper = f"""
+        import os, signal, subprocess, sys
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+
+        def foreground():
+            os.tcsetpgrp(0, os.getpid())
+            signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+
+        child = subprocess.Popen([sys.executable, "-c", {textwrap.dedent(_CHILD)!r}, "0.5"], process_group=0,
+                                 stderr=subprocess.PIPE, preexec_fn=foreground)
+        assert child.stderr.readline() == b"raw\\n"
+        os.tcsetpgrp(0, os.getpgrp())
+        sys.exit(child.wait(10))
     """
 
     def own_terminal() -> None:

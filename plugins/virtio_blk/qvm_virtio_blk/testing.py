@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from qvm_virtio_blk.device import VirtioBlk
-from qvmcore.testing.driver import MmioDriver, Request
-from qvmcore.testing.fakes import Plugged
+
+if TYPE_CHECKING:
+    from qvmcore.testing.driver import MmioDriver, Request
+    from qvmcore.testing.fakes import Plugged
 
 IN, OUT, FLUSH, GET_ID = 0, 1, 4, 8
 OK, IOERR, UNSUPP = 0, 1, 2
@@ -19,12 +22,12 @@ def header(kind: int, sector: int = 0) -> bytes:
 
 
 class Guest:
-    """A driver that has brought the disk up."""
+    """A driver that has brought the disk up; ``features`` are those to accept, all if None."""
 
-    def __init__(self, device: Plugged[VirtioBlk], features: int | None = None) -> None:
+    def __init__(self, device: Plugged[VirtioBlk], driver: MmioDriver, features: int | None = None) -> None:
         self.device = device
-        self.driver = MmioDriver.of(device)
-        self.driver.start(features)
+        self.driver = driver
+        driver.start(features)
 
     def submit(self, readable: Sequence[bytes], writable: Sequence[int]) -> Request:
         """A chain of exactly these descriptors, served or refused when this returns."""
@@ -56,3 +59,7 @@ class Guest:
     def alive(self) -> bool:
         """Whether the disk serves a good request, and its plugin never failed."""
         return self.read(0)[0] == OK and not self.device.ctx.faults
+
+
+#: ``start(device, features=None)``: a guest on a plugged disk.
+Start = Callable[..., Guest]

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from qvm_virtio_blk.device import VirtioBlk
-from qvm_virtio_blk.testing import Guest
+from qvm_virtio_blk.testing import Guest, Start
 
+from qvmcore.testing.driver import MmioDriver
 from qvmcore.testing.fakes import Plugged, plug
 
 
@@ -33,7 +34,17 @@ def disk(image: Path) -> Iterator[Callable[..., Plugged[VirtioBlk]]]:
         yield make
 
 
+@pytest.fixture(scope="session")
+def start() -> Start:
+    """``start(device, features=None)``: a guest on a plugged disk."""
+
+    def started(device: Plugged[VirtioBlk], features: int | None = None) -> Guest:
+        return Guest(device, MmioDriver.of(device), features)
+
+    return started
+
+
 @pytest.fixture
-def guest(disk: Callable[..., Plugged[VirtioBlk]]) -> Guest:
+def guest(disk: Callable[..., Plugged[VirtioBlk]], start: Start) -> Guest:
     """A guest with everything negotiated on ``image``."""
-    return Guest(disk())
+    return start(disk())

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from qvm_virtio_blk.device import VirtioBlk
-from qvm_virtio_blk.testing import FLUSH, GET_ID, IN, IOERR, OK, OUT, Guest, header
+from qvm_virtio_blk.testing import FLUSH, GET_ID, IN, IOERR, OK, OUT, Guest, Start, header
 
 from qvmcore.testing.abuse import VirtioAbuse
 from qvmcore.testing.driver import MmioDriver, Piece
@@ -100,8 +100,8 @@ def test_data_outside_of_memory_or_in_a_register_window(guest: Guest, address: i
     assert guest.alive()
 
 
-def test_overlapping_descriptors_cannot_ask_for_more_than_a_bound(disk: Disk) -> None:
-    guest = Guest(disk(hostdev="memory:1G"))
+def test_overlapping_descriptors_cannot_ask_for_more_than_a_bound(disk: Disk, start: Start) -> None:
+    guest = start(disk(hostdev="memory:1G"))
     ram, ring = guest.driver.ram, guest.driver.queues[0]
     ring.indirect = True
     data = Piece(ram.alloc(1 << 20), 1 << 20)
@@ -151,10 +151,10 @@ def test_reset_with_requests_in_the_ring(guest: Guest) -> None:
 )
 @settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 def test_any_chain_is_answered_or_needs_a_reset(
-    disk: Disk, readers: list[bytes], writers: list[int], kind: int, sector: int
+    start: Start, readers: list[bytes], writers: list[int], kind: int, sector: int
 ) -> None:
     with plug(VirtioBlk, hostdev="memory:64K") as device:
-        guest = Guest(device)
+        guest = start(device)
         request = guest.submit([header(kind, sector), *readers], writers)
         assert request.done or guest.driver.needs_reset
         if request.done:

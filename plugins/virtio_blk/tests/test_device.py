@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from qvm_virtio_blk import spec
 from qvm_virtio_blk.device import SEG_MAX, VirtioBlk
-from qvm_virtio_blk.testing import FLUSH, GET_ID, IN, IOERR, OK, OUT, UNSUPP, Guest, header
+from qvm_virtio_blk.testing import FLUSH, GET_ID, IN, IOERR, OK, OUT, UNSUPP, Guest, Start, header
 
 from qvmcore.api import HostError
 from qvmcore.testing.fakes import Plugged, plug
@@ -21,8 +21,8 @@ VERSION_1 = 1 << 32
 Disk = Callable[..., Plugged[VirtioBlk]]
 
 
-def test_5_2_4_configuration(disk: Disk) -> None:
-    guest = Guest(
+def test_5_2_4_configuration(disk: Disk, start: Start) -> None:
+    guest = start(
         disk(block_size="1K", physical_block_size="4K", min_io_size="8K", opt_io_size="64K")
     )
     config = guest.driver.config
@@ -35,13 +35,13 @@ def test_5_2_4_configuration(disk: Disk) -> None:
     assert config(32, 1) == 1
 
 
-def test_5_2_3_features(disk: Disk) -> None:
-    features = Guest(disk()).driver.features
+def test_5_2_3_features(disk: Disk, start: Start) -> None:
+    features = start(disk()).driver.features
     assert features & spec.F_FLUSH and features & spec.F_CONFIG_WCE and not features & spec.F_RO
 
 
-def test_5_2_3_features_of_a_read_only_disk(disk: Disk) -> None:
-    features = Guest(disk(readonly=True)).driver.features
+def test_5_2_3_features_of_a_read_only_disk(disk: Disk, start: Start) -> None:
+    features = start(disk(readonly=True)).driver.features
     assert features & spec.F_RO and not features & (spec.F_FLUSH | spec.F_CONFIG_WCE)
 
 
@@ -74,17 +74,23 @@ def test_2_7_5_3_indirect_descriptors(guest: Guest) -> None:
     assert guest.read(3) == (OK, b"i" * 512)
 
 
-def test_5_2_6_2_write_to_a_read_only_disk(disk: Disk, image: Path) -> None:
+def test_5_2_6_2_write_to_a_read_only_disk(disk: Disk, start: Start, image: Path) -> None:
     before = image.read_bytes()
-    guest = Guest(disk(hostdev=f"< {image}"))
+    guest = start(disk(hostdev=f"< {image}"))
     assert guest.write(0, b"x" * 512) == IOERR
     assert guest.read(1) == (OK, b"\1" * 512)
     assert guest.io([header(FLUSH)], [1])[0] == OK
     assert image.read_bytes() == before
 
 
-def test_5_2_6_get_id(disk: Disk) -> None:
-    assert Guest(disk(serial="QVM-1")).io([header(GET_ID)], [20, 1]) == (OK, b"QVM-1" + bytes(15))
+def test_5_2_6_2_write_to_a_read_only_memory_disk(disk: Disk, start: Start) -> None:
+    guest = start(disk(hostdev="memory:64K", readonly=True))
+    assert guest.write(0, b"x" * 512) == IOERR
+    assert guest.read(0) == (OK, bytes(512))
+
+
+def test_5_2_6_get_id(disk: Disk, start: Start) -> None:
+    assert start(disk(serial="QVM-1")).io([header(GET_ID)], [20, 1]) == (OK, b"QVM-1" + bytes(15))
 
 
 def test_5_2_6_get_id_scattered_and_default(guest: Guest) -> None:
@@ -103,16 +109,16 @@ def _most_segments(guest: Guest) -> int:
     return guest.io([header(OUT) + b"x" * 512, *[b"x" * 512] * SEG_MAX], [1])[0]
 
 
-def test_5_2_6_more_segments_than_seg_max(disk: Disk) -> None:
-    guest = Guest(disk(hostdev="memory:1M"))
+def test_5_2_6_more_segments_than_seg_max(disk: Disk, start: Start) -> None:
+    guest = start(disk(hostdev="memory:1M"))
     assert _most_segments(guest) == IOERR
     assert guest.read(0) == (OK, bytes(512))
     assert guest.io([header(IN)], [512] * SEG_MAX + [1])[0] == OK
 
 
-def test_5_2_6_seg_max_binds_only_who_negotiated_it(disk: Disk) -> None:
+def test_5_2_6_seg_max_binds_only_who_negotiated_it(disk: Disk, start: Start) -> None:
     indirect = 1 << 28
-    assert _most_segments(Guest(disk(hostdev="memory:1M"), VERSION_1 | indirect)) == OK
+    assert _most_segments(start(disk(hostdev="memory:1M"), VERSION_1 | indirect)) == OK
 
 
 def test_5_2_6_2_flush_syncs(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,17 +143,21 @@ def _flags(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def test_5_2_5_2_without_flush_every_write_is_durable(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_5_2_5_2_without_flush_every_write_is_durable(
+    disk: Disk, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flags = _flags(monkeypatch)
-    guest = Guest(disk(), VERSION_1 | spec.F_CONFIG_WCE)
+    guest = start(disk(), VERSION_1 | spec.F_CONFIG_WCE)
     assert guest.driver.config(32, 1) == 0
     assert guest.write(0, b"x" * 512) == OK
     assert flags == [os.RWF_DSYNC]
 
 
-def test_5_2_6_1_the_driver_switches_the_cache(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_5_2_6_1_the_driver_switches_the_cache(
+    disk: Disk, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flags = _flags(monkeypatch)
-    guest = Guest(disk())
+    guest = start(disk())
     for mode in (0, 1, 0):
         guest.driver.write_config(32, 1, mode)
         assert guest.driver.config(32, 1) == mode
@@ -168,16 +178,16 @@ def test_5_2_4_nothing_else_of_the_configuration_is_writable(
     assert [guest.driver.config(at, 4) for at in range(0, 36, 4)] == before
 
 
-def test_5_2_4_writeback_needs_config_wce(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_5_2_4_writeback_needs_config_wce(disk: Disk, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = _flags(monkeypatch)
-    guest = Guest(disk(), VERSION_1 | spec.F_FLUSH)
+    guest = start(disk(), VERSION_1 | spec.F_FLUSH)
     guest.driver.write_config(32, 1, 0)
     assert guest.write(0, b"x" * 512) == OK and flags == [0]
 
 
-def test_cache_writethrough_option(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_writethrough_option(disk: Disk, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = _flags(monkeypatch)
-    guest = Guest(disk(cache="writethrough"))
+    guest = start(disk(cache="writethrough"))
     assert guest.driver.config(32, 1) == 0
     assert guest.write(0, b"x" * 512) == OK and flags == [os.RWF_DSYNC]
 
@@ -235,13 +245,13 @@ def test_the_end_is_harmless_after_a_half_made_start_and_twice(disk: Disk, tmp_p
     device.vdev.on_terminate(None)  # type: ignore[arg-type]
 
 
-def test_a_relative_path_starts_at_the_vm_file(image: Path) -> None:
+def test_a_relative_path_starts_at_the_vm_file(start: Start, image: Path) -> None:
     with plug(VirtioBlk, base_dir=image.parent, hostdev=f"<{image.name}") as device:
-        assert Guest(device).read(4) == (OK, b"\4" * 512)
+        assert start(device).read(4) == (OK, b"\4" * 512)
 
 
-def test_memory_disk(disk: Disk) -> None:
-    guest = Guest(disk(hostdev="memory:64K"))
+def test_memory_disk(disk: Disk, start: Start) -> None:
+    guest = start(disk(hostdev="memory:64K"))
     assert guest.driver.config(0, 8) == 128
     assert guest.read(127) == (OK, bytes(512))
     assert guest.write(127, b"m" * 512) == OK

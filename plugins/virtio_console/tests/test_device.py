@@ -24,6 +24,7 @@ from qvmcore.testing.driver import MmioDriver
 from qvmcore.testing.fakes import Plugged, plug
 
 Console = Callable[..., Plugged[VirtioConsole]]
+MMIO_STATUS = 0x070
 RX, TX = spec.RECEIVEQ, spec.TRANSMITQ
 
 
@@ -148,6 +149,9 @@ def test_reset_while_held_back(client: tuple[Plugged[VirtioConsole], MmioDriver,
     for _ in range(20):
         driver.queues[TX].submit([bytes(40_000)])
     device.settle()
+    assert device.vdev._partial is not None
+    device.write(MMIO_STATUS, 0)
+    assert device.vdev._partial is None, "the rest belongs to the old driver"
     again = _driver(device)
     far.setblocking(False)
 

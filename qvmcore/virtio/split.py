@@ -69,7 +69,7 @@ class SplitQueue(Virtqueue):
     __slots__ = (
         "_again", "_avail", "_budget", "_dead", "_elements", "_event_idx", "_fence", "_indirect",
         "_interrupt", "_interrupts", "_last", "_mask", "_more", "_newest", "_offered", "_on_error",
-        "_pushed", "_region", "_roms", "_signalled", "_table", "_used", "_view",
+        "_pushed", "_region", "_roms", "_signalled", "_steps", "_table", "_used", "_view",
     )  # fmt: skip
 
     def __init__(
@@ -93,6 +93,9 @@ class SplitQueue(Virtqueue):
         # The largest region holds nearly every buffer; checked here it saves a call per descriptor.
         largest = max(memory.regions, key=lambda region: region.size)
         self._region = (largest.start, largest.size, largest.view)
+        # At most as many elements as the queue has entries (2.7.5.3.1), which is also how a loop
+        # ends, and one reference to an indirect table.
+        self._steps = range(rings.size + 1)
         self._roms = tuple((region.start, region.end) for region in memory.regions if region.rom)
         self._event_idx = bool(features >> spec.VIRTIO_F_EVENT_IDX & 1)
         self._indirect = bool(features >> spec.VIRTIO_F_INDIRECT_DESC & 1)
@@ -125,11 +128,10 @@ class SplitQueue(Virtqueue):
         entries = size
         readers: list[memoryview] = []
         writers: list[memoryview] = []
+        roms = self._roms
         readable = writable = 0
         try:
-            # At most as many elements as the queue has entries (2.7.5.3.1), which is also how a
-            # loop ends, and one reference to an indirect table.
-            for _ in range(size + 1):
+            for _ in self._steps:
                 if index >= entries:
                     raise BadDescriptorChain(f"descriptor index {index} is beyond the {entries} of its table")
                 address, length, flags, following = _DESCRIPTOR(table, index << 4)
@@ -149,7 +151,7 @@ class SplitQueue(Virtqueue):
                             writers.append(ram[offset : offset + length])
                         else:
                             writers.append(view(address, length))
-                        if self._roms:
+                        if roms:
                             self._refuse_rom(address, length)
                 elif writers:
                     raise BadDescriptorChain("device-readable descriptor behind a device-writable one")

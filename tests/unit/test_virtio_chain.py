@@ -67,6 +67,13 @@ def test_room_is_where_the_next_write_goes(writable: list[int], keep: int) -> No
     assert b"".join(buffers) == b"x" * filled + b"y" * min(keep, sum(writable))
 
 
+def test_room_begins_behind_what_is_written_whatever_is_kept() -> None:
+    chain, _ = chain_of([], [4, 1])
+    assert [len(view) for view in chain.room(1)] == [4]
+    chain.write(b"abc")
+    assert [len(view) for view in chain.room(1)] == [1]
+
+
 def test_a_negative_read_reads_nothing() -> None:
     chain, _ = chain_of([b"abc"], [])
     assert chain.read(-1) == b""

@@ -320,7 +320,9 @@ def test_4_2_2_2_queue_registers_are_locked_while_ready(echo: Plugged[Echo], dri
     driver.setup_queues()
     driver.write(spec.MMIO_QUEUE_SEL, 0)
     driver.place(2, 0, 0, 0)
-    driver.write(spec.MMIO_QUEUE_READY, 1)
+    for ready in (1, 0, 1):
+        driver.write(spec.MMIO_QUEUE_READY, ready)
+        assert driver.read(spec.MMIO_QUEUE_READY) == ready
     driver.driver_ok()
     roundtrip(echo, driver)
 

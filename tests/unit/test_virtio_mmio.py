@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from unittest.mock import Mock, call
 
 import pytest
 
@@ -13,6 +14,7 @@ from qvmcore.testing.driver import FeaturesRefused, GuestRam, MmioDriver
 from qvmcore.testing.fakes import Plugged, plug
 from qvmcore.testing.samples import Echo
 from qvmcore.types import Doorbell, MemorySpec, Trigger
+from qvmcore.vdev import FdtNode
 from qvmcore.virtio import spec
 from qvmcore.virtio.device import VirtioVdev
 from qvmcore.virtio.mmio import MmioTransport
@@ -62,6 +64,12 @@ def test_4_2_1_what_the_device_tree_says() -> None:
     assert Echo.windows[0].size == 0x200
     assert Echo.trigger is Trigger.LEVEL
     assert Echo.irqs == 1
+
+
+def test_the_device_tree_says_that_dma_is_coherent(echo: Plugged[Echo]) -> None:
+    node = Mock(spec=FdtNode)
+    echo.vdev.describe_fdt(node)
+    assert node.mock_calls == [call.set_flag("dma-coherent")]
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -261,6 +269,25 @@ def test_2_2_2_a_device_may_refuse_a_combination() -> None:
 
 def test_4_2_2_queue_size_max(driver: MmioDriver) -> None:
     assert [driver.queue_size_max(index) for index in (0, 1, 2, 0xFFFF, 0xFFFFFFFF)] == [64, 16, 0, 0, 0]
+
+
+@pytest.mark.parametrize("distance", [0, 16, 64])
+def test_overlapping_ring_areas_harm_only_the_driver(
+    echo: Plugged[Echo], driver: MmioDriver, distance: int
+) -> None:
+    driver.negotiate()
+    driver.write(spec.MMIO_QUEUE_SEL, 0)
+    base = driver.ram.alloc(4096)
+    driver.place(64, base, base + distance, base + 2 * distance)
+    driver.write(spec.MMIO_QUEUE_READY, 1)
+    driver.driver_ok()
+    echo.memory.write(base, bytes(range(256)) * 4)
+    for _ in range(4):
+        driver.notify(0)
+        echo.settle()
+    assert driver.needs_reset
+    driver.start()
+    roundtrip(echo, driver)
 
 
 @pytest.mark.parametrize("size", [0, 3, 63, 65, 128, 0xFFFF, 0x10000, 0xFFFFFFFF])

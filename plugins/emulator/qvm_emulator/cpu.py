@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 PHYSICAL_SIZE = 1 << 44
 PAGE = 4096
 
+#: Host memory for translated code; when it is full, all of it is dropped. A Linux boot needs 50 MiB.
+_CODE_BUFFER = 256 << 20
+
 ReadHandler = Callable[[int, int], int]
 WriteHandler = Callable[[int, int, int], None]
 
@@ -118,6 +121,7 @@ class Cpu(abc.ABC):
             make: Any = Uc  # the binding has no types
             self.uc: Any = make(UC_ARCH_ARM64, UC_MODE_ARM)
             self.uc.ctl_set_cpu_model(UC_CPU_ARM64_A72)
+            self.uc.ctl_set_tcg_buffer_size(_CODE_BUFFER)
             self.uc.ctl_exits_enabled(True)  # the empty set of exits: no address ends a run
             self._map()
             self.uc.reg_write(UC_ARM64_REG_X0, 0)  # builds the CPU object
@@ -148,12 +152,19 @@ class Cpu(abc.ABC):
         """
 
     def registers(self) -> Mapping[str, int]:
-        """x0..x30, sp, pc and pstate; only while the CPU is not running."""
+        """x0..x30, sp, pc and pstate; only while the CPU is not running. Empty once closed."""
+        if self.uc is None:
+            return {}
         values = {f"x{n}": int(self.uc.reg_read(_general_register(f"x{n}"))) for n in range(31)}
         values["sp"] = int(self.uc.reg_read(UC_ARM64_REG_SP))
         values["pc"] = int(self.uc.reg_read(UC_ARM64_REG_PC))
         values["pstate"] = int(self.uc.reg_read(UC_ARM64_REG_PSTATE))
         return values
+
+    def close(self) -> None:
+        """Free the core, only while the CPU is not running; idempotent. No registers afterwards."""
+        self.uc = None  # the last reference: the binding closes the engine at once
+        self._keep.clear()
 
     # ---- any thread ----------------------------------------------------------------------------
 

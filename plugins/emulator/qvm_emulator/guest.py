@@ -160,8 +160,9 @@ class EmulatedGuest:
         }
 
     def close(self) -> None:
-        """Stop what still runs; the core's memory goes with the object. Idempotent."""
-        self.stop(1.0)
+        """Free the emulated CPU, unless it refuses to stop. Idempotent."""
+        if self.stop(1.0):
+            self._cpu.close()
 
     # ---- the vCPU thread -----------------------------------------------------------------------
 
@@ -191,6 +192,8 @@ class EmulatedGuest:
                 break
         self._parked = False
         self._timer_moved()
+        if gic.asserted:
+            self._cpu.set_irq(True)  # on this thread, between two runs: this one cannot be lost
 
     # ---- interrupts and timers: any thread -------------------------------------------------------
 
@@ -218,21 +221,22 @@ class EmulatedGuest:
         """The alarm thread: fires timers while the guest runs, and repeats unanswered requests."""
         gic, timers = self._gic, self._timers
         while not self._ending:
-            until = NEVER
             if not self._parked:
                 now = now_ns()
                 for timer in timers:
                     timer.expire(now)
-                until = min(timer.deadline for timer in timers)
                 if gic.asserted:
                     self._cpu.set_irq(True)
-                    until = min(until, now + _REPEAT_NS)
-            self._alarm_until = until
-            # Between the look above and this line a deadline may have moved forward unseen.
-            if not self._parked:
-                until = min(until, *(timer.deadline for timer in timers))
-            self._alarm.wait(until)
+            self._alarm_until = self._next_alarm()
+            # Looked at again: what changed before the line above did not wake this thread.
+            self._alarm.wait(min(self._alarm_until, self._next_alarm()))
             self._alarm_until = 0
+
+    def _next_alarm(self) -> int:
+        if self._parked:
+            return NEVER  # the vCPU thread looks after itself
+        until = min(timer.deadline for timer in self._timers)
+        return min(until, now_ns() + _REPEAT_NS) if self._gic.asserted else until
 
     # ---- the end ---------------------------------------------------------------------------------
 

@@ -41,6 +41,13 @@ class CharSpec:
     writes: bool = True
     append: bool = False
 
+    @property
+    def claims(self) -> tuple[str, ...]:
+        """What of the process only one vdev can have; for ``Vdev.claims``."""
+        if self.kind not in (Kind.STDIO, Kind.TERMINAL):
+            return ()
+        return ("standard input",) * self.reads + ("standard output",) * self.writes
+
 
 def parse_spec(text: str) -> CharSpec:
     """Parse a ``hostdev`` string. Raises ValueError with a sentence that lists the legal forms."""

@@ -623,6 +623,7 @@ def test_a_driver_that_never_stops_offering_gets_a_queue_at_a_time(features: int
     assert (served, bench.again, bench.interrupts) == (SIZE, 0, 0)
     assert bench.queue.pop() is None
     bench.queue.notify()
+    bench.queue.notify()
     assert (bench.again, bench.interrupts) == (1, 1)
     assert bench.serve() == 1
     bench.queue.notify()

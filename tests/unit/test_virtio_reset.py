@@ -156,6 +156,44 @@ def test_no_dma_after_the_first_phase_of_the_end(echo: Plugged[Echo], driver: Mm
     assert echo.vdev.lives == ["active", "inactive"]
 
 
+def test_a_device_cannot_be_brought_up_after_the_end(echo: Plugged[Echo]) -> None:
+    driver = MmioDriver.of(echo)
+    driver.negotiate()
+    driver.setup_queues()
+    (stop_dma,) = [step for step in echo.ctx.plan.callbacks if step.phase is Phase.STOP_DMA]
+    stop_dma.run(GuestEnd(Reason.GUEST_SHUTDOWN))
+    driver.driver_ok()
+    assert echo.vdev.lives == []
+    assert not echo.vdev.virtio.active
+
+
+def test_the_worker_comes_back_for_what_a_greedy_driver_left() -> None:
+    class Fed(Echo):
+        """Every chain served is offered again, 200 times: far more than a queue holds."""
+
+        def handle_queue(self, index: int, queue: Virtqueue) -> None:
+            for chain in queue:
+                queue.push(chain, 0)
+                if self.left:
+                    self.left -= 1
+                    ring.offer(0)
+                    ring.publish()
+
+        left = 200
+
+    with plug(Fed) as device:
+        driver = MmioDriver.of(device)
+        driver.start()
+        ring = driver.queues[0]
+        ring.write_desc(0, device.memory.regions[0].start, 4)
+        ring.offer(0)
+        ring.publish()
+        ring.notify()
+        for _ in range(5):
+            device.settle()
+        assert ring.used_idx == 201
+
+
 def test_services_called_during_a_reset_do_not_deadlock() -> None:
     class Chatty(Echo):
         def handle_queue(self, index: int, queue: Virtqueue) -> None:

@@ -10,6 +10,7 @@ A place is a path of names and indexes: ``("vdev", 1, "peer")`` is the key ``pee
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,15 @@ import tomli
 from qvmcore.errors import ConfigError, Diagnostic
 
 Place = tuple[str | int, ...]
+
+#: A TOML string of any of the four kinds; up to two quotes may stand directly before the closing ones.
+_STRING = re.compile(
+    r'"{3}(?:[^\\]|\\.)*?"{3,5}'  # """basic"""
+    r"|'{3}.*?'{3,5}"  # '''literal'''
+    r'|"(?:[^"\\]|\\.)*"'
+    r"|'[^']*'",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,22 +190,10 @@ class _Locator:
             self._at += 1
 
     def _string(self) -> None:
-        text = self._text
-        quote = text[self._at]
-        if text.startswith(quote * 3, self._at):
-            end = self._at + 3
-            while not text.startswith(quote * 3, end):
-                end += 2 if quote == '"' and text[end] == "\\" else 1
-            end += 3
-            # Up to two quotes may stand directly before the closing ones.
-            while text.startswith(quote, end):
-                end += 1
-        else:
-            end = self._at + 1
-            while text[end] != quote:
-                end += 2 if quote == '"' and text[end] == "\\" else 1
-            end += 1
-        self._at = end
+        match = _STRING.match(self._text, self._at)
+        if match is None:
+            raise ValueError(f"no string at offset {self._at}: tomli did not accept this text")
+        self._at = match.end()
 
     def _skip_space(self) -> None:
         while self._at < len(self._text) and self._text[self._at] in " \t":

@@ -175,6 +175,7 @@ def test_elf(load: Loader) -> None:
         (elf(machine=62), "DIR/Image: an ELF file for EM_X86_64, not for AArch64"),
         (elf(address=0), "DIR/Image: the ELF segment [0x0, +0x3000) is not in RAM; "
                          "RAM is [0x40000000, 0x41000000); give the guest more"),
+        (elf(entry=0x10), "DIR/Image: the entry point 0x10 of the ELF file is not in RAM"),
         (elf()[:70], "DIR/Image: damaged ELF file: "),
     ],
 )  # fmt: skip

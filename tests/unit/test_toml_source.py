@@ -93,7 +93,9 @@ scalars = st.one_of(
     plain_text.map(_multi),
     plain_text.map(_multi_literal),
     st.integers(-(2**40), 2**40).map(str),
-    st.sampled_from(["true", "1.5", "1979-05-27T07:32:00Z", "0xFF", '"""x""""', "''"]),
+    st.sampled_from(["true", "1.5", "1979-05-27T07:32:00Z", "0xFF", "''"]),
+    # Quotes at the end of a multi-line string, escaped quotes, a backslash that is no escape.
+    st.sampled_from(['"""x""""', '"""\\"""\n[x]"""', r"'C:\'"]),
 )
 arrays = st.lists(scalars, max_size=3).map(lambda items: "[ # ]\n" + ",\n\n".join(items) + "\n]")
 tables = st.dictionaries(bare_keys, scalars | arrays, max_size=4)

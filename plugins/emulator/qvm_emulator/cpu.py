@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 PHYSICAL_SIZE = 1 << 44
 PAGE = 4096
 
-#: Host memory for translated code; when it is full, all of it is dropped. A Linux boot needs 50 MiB.
+#: Host memory for translated code; when it is full, all of it is dropped. A Linux boot uses some 50 MiB.
 _CODE_BUFFER = 256 << 20
 
 ReadHandler = Callable[[int, int], int]
@@ -55,7 +55,12 @@ _MMIO_WRITE = ctypes.CFUNCTYPE(
     None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
 )
 _MEM_EVENT = ctypes.CFUNCTYPE(
-    ctypes.c_bool, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int64,
+    ctypes.c_bool,
+    ctypes.c_void_p,
+    ctypes.c_int,
+    ctypes.c_uint64,
+    ctypes.c_int,
+    ctypes.c_int64,
     ctypes.c_void_p,
 )
 
@@ -180,10 +185,15 @@ class Cpu(abc.ABC):
 
     def _start(self, count: int) -> None:
         """One uc_emu_start from ``self.pc``; the GIL is released while the guest runs."""
-        error = int(uclib.uc_emu_start(
-            self._handle, ctypes.c_uint64(self.pc), ctypes.c_uint64(0), ctypes.c_uint64(0),
-            ctypes.c_size_t(count),
-        ))
+        error = int(
+            uclib.uc_emu_start(
+                self._handle,
+                ctypes.c_uint64(self.pc),
+                ctypes.c_uint64(0),
+                ctypes.c_uint64(0),
+                ctypes.c_size_t(count),
+            )
+        )
         self.pc = int(self.uc.reg_read(UC_ARM64_REG_PC))
         if error:
             raise EngineError(f"the emulated CPU stopped at pc {self.pc:#x}: {_explain(error)}")
@@ -197,13 +207,20 @@ class Cpu(abc.ABC):
     def _write_system(self, register: tuple[int, int, int, int, int], value: int) -> None:
         self.uc.reg_write(UC_ARM64_REG_CP_REG, (*register, value))
 
-    def _hook(self, kind: int, callback: Any, begin: int = 1, end: int = 0, *extra: object,
-              data: int | None = None) -> None:
+    def _hook(
+        self, kind: int, callback: Any, begin: int = 1, end: int = 0, *extra: object, data: int | None = None
+    ) -> None:
         """Add a hook by raw pointer; begin > end means everywhere."""
         handle = ctypes.c_size_t()
         error = uclib.uc_hook_add(
-            self.uc._uch, ctypes.byref(handle), kind, callback, ctypes.c_void_p(data),
-            ctypes.c_uint64(begin), ctypes.c_uint64(end), *extra,
+            self.uc._uch,
+            ctypes.byref(handle),
+            kind,
+            callback,
+            ctypes.c_void_p(data),
+            ctypes.c_uint64(begin),
+            ctypes.c_uint64(end),
+            *extra,
         )
         if error:
             raise EngineError(f"Unicorn refuses a hook: {_explain(error)}")
@@ -254,7 +271,8 @@ class Cpu(abc.ABC):
         if base == 0:
             return Window(base, size, read, write)
         return Window(
-            base, size,
+            base,
+            size,
             lambda offset, length: read(base + offset, length),
             lambda offset, length, value: write(base + offset, length, value),
         )
@@ -278,8 +296,13 @@ class Cpu(abc.ABC):
         getter, putter = _MMIO_READ(on_read), _MMIO_WRITE(on_write)
         self._keep += [getter, putter]
         error = uclib.uc_mmio_map(
-            self.uc._uch, ctypes.c_uint64(window.base), ctypes.c_uint64(window.size),
-            getter, None, putter, None,
+            self.uc._uch,
+            ctypes.c_uint64(window.base),
+            ctypes.c_uint64(window.size),
+            getter,
+            None,
+            putter,
+            None,
         )
         if error:
             raise EngineError(f"Unicorn cannot map {window.base:#x}: {_explain(error)}")

@@ -34,8 +34,9 @@ class EmulatedEngine:
         if reason:
             raise EngineError(reason)
         if config.cpus != 1:
-            raise EngineError(f"the emulated engine has one CPU per guest, not {config.cpus}",
-                              hint="set cpus = 1")
+            raise EngineError(
+                f"the emulated engine has one CPU per guest, not {config.cpus}", hint="set cpus = 1"
+            )
         try:
             from qvm_emulator.guest import EmulatedGuest
         except ImportError as error:

@@ -28,7 +28,12 @@ from qvm_emulator.timer import TimerChannel
 
 _INTR = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p)
 _FETCH = ctypes.CFUNCTYPE(
-    ctypes.c_bool, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int64,
+    ctypes.c_bool,
+    ctypes.c_void_p,
+    ctypes.c_int,
+    ctypes.c_uint64,
+    ctypes.c_int,
+    ctypes.c_int64,
     ctypes.c_void_p,
 )
 
@@ -138,6 +143,7 @@ class FastCpu(Cpu):
         mapped. Virtual addresses that equal those of memory keep the scan, because for physical
         addresses such a hook would make every store slow; there live guests without an MMU.
         """
+
         def never(_uc: int, _kind: int, _address: int, _size: int, _value: int, _data: int) -> bool:
             return False
 

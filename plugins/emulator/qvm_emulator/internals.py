@@ -186,12 +186,15 @@ class Internals:
         """
         target = ctypes.cast(getattr(uclib, _DO_INTERRUPT), ctypes.c_void_p).value or 0
         code = (
-            b"\x83\xfe" + bytes([EXCEPTION_HVC])  # cmp  esi, 11
+            b"\x83\xfe"
+            + bytes([EXCEPTION_HVC])  # cmp  esi, 11
             + b"\x74\x0f"  # je   hvc
             + b"\x48\x89\xd7"  # mov  rdi, rdx
-            + b"\x48\xb8" + target.to_bytes(8, "little")  # mov  rax, entry
+            + b"\x48\xb8"
+            + target.to_bytes(8, "little")  # mov  rax, entry
             + b"\xff\xe0"  # jmp  rax
-            + b"\x48\xb8" + on_hvc.to_bytes(8, "little")  # hvc: mov  rax, on_hvc
+            + b"\x48\xb8"
+            + on_hvc.to_bytes(8, "little")  # hvc: mov  rax, on_hvc
             + b"\xff\xe0"  # jmp  rax
         )
         try:
@@ -205,8 +208,9 @@ class Internals:
 
     # ---- system registers: before the first instruction is translated ------------------------
 
-    def patch_register(self, register: SystemRegister, write: Callable[[int], None],
-                       read: Callable[[], int] | None = None) -> None:
+    def patch_register(
+        self, register: SystemRegister, write: Callable[[int], None], read: Callable[[], int] | None = None
+    ) -> None:
         """Have ``register`` call Python. ``write(value)`` and ``read()`` must not raise."""
         info = self._find(register)
 

@@ -2,8 +2,7 @@
 
 The guest runs in slices of a fixed number of instructions, which end exactly. Exceptions are taken to
 the guest's vector here; interrupts are delivered between slices; timer registers and cache
-maintenance come through instruction hooks. The one thing the interface does not name, syndrome and
-fault address, is found by causing a known fault once and looking for it in a saved context.
+maintenance come through instruction hooks.
 
 Known limit: exceptions from 32-bit (AArch32) user programs are not delivered.
 """
@@ -11,7 +10,6 @@ Known limit: exceptions from 32-bit (AArch32) user programs are not delivered.
 from __future__ import annotations
 
 import ctypes
-import functools
 import threading
 from typing import ClassVar
 
@@ -19,7 +17,6 @@ from unicorn import UC_HOOK_INSN, UC_HOOK_INTR, UC_PROT_EXEC
 from unicorn.arm64_const import (
     UC_ARM64_INS_MSR,
     UC_ARM64_INS_SYS,
-    UC_ARM64_REG_CP_REG,
     UC_ARM64_REG_ELR_EL1,
     UC_ARM64_REG_ESR_EL1,
     UC_ARM64_REG_FAR_EL1,
@@ -33,9 +30,9 @@ from unicorn.arm64_const import (
 from unicorn.unicorn_py3.unicorn import uclib
 
 from qvm_emulator.cpu import PSTATE_START, SPSR_EL1, Cpu, Wiring
-from qvm_emulator.scratch import scratch_memory, scratch_wiring
+from qvm_emulator.probe import exception_offsets
 from qvm_emulator.timer import TimerChannel
-from qvmcore.api import CpuEntry, EngineError
+from qvmcore.api import EngineError
 
 _SLICE = 100_000  # about 0.5 ms
 # While an interrupt waits for the guest to unmask, a slice has to end where it is unmasked, which may
@@ -174,8 +171,7 @@ class SafeCpu(Cpu):
 
     # ---- system instructions -------------------------------------------------------------------
 
-    def _on_msr(self, _uc: int, _register: int, access: ctypes._Pointer[_SystemAccess],
-                _data: int) -> int:
+    def _on_msr(self, _uc: int, _register: int, access: ctypes._Pointer[_SystemAccess], _data: int) -> int:
         """A write of a system register; 1 = done here."""
         it = access.contents
         if it.crn != 14 or it.op0 != 3 or it.op1 != 3:
@@ -196,8 +192,7 @@ class SafeCpu(Cpu):
         self._write_system((14, crm, 3, 3, 2), timer.read_compare())
         self._write_system((14, crm, 3, 3, 1), timer.read_control())
 
-    def _on_sys(self, _uc: int, _register: int, access: ctypes._Pointer[_SystemAccess],
-                _data: int) -> int:
+    def _on_sys(self, _uc: int, _register: int, access: ctypes._Pointer[_SystemAccess], _data: int) -> int:
         """Cache and TLB maintenance; 0 = the core goes on with it."""
         it = access.contents
         if it.crn != 7 or it.crm not in (1, 5):
@@ -257,7 +252,9 @@ class SafeCpu(Cpu):
     def _word_before(self, pc: int) -> int:
         physical = ctypes.c_uint64()
         if uclib.uc_vmem_translate(
-            self._handle, ctypes.c_uint64((pc - 4) & (1 << 64) - 1), UC_PROT_EXEC,
+            self._handle,
+            ctypes.c_uint64((pc - 4) & (1 << 64) - 1),
+            UC_PROT_EXEC,
             ctypes.byref(physical),
         ):
             return 0
@@ -265,66 +262,3 @@ class SafeCpu(Cpu):
             if start <= physical.value < end - 3:
                 return ctypes.c_uint32.from_address(host + physical.value - start).value
         return 0
-
-
-_PROBE_BASE = 0x4000_0000
-_PROBE_SIZE = 0x1_0000
-_PROBE_TABLE = _PROBE_BASE + 0x8000
-_PROBE_LOAD = 0xF940_0022  # ldr x2, [x1]
-_PROBE_ADDRESS = 0xC000_1238
-_PROBE_SYNDROME = 0x9600_0005  # data abort from the same level, translation fault at level 1
-_PROBE_BLOCK = 3 << 8 | 1 << 10 | 1  # a 1 GiB block: inner shareable, accessed, valid
-_TCR_39_BIT = 0x8080_3519
-_CONTEXT_LIMIT = 0x4000
-_SCTLR_EL1, _TCR_EL1, _TTBR0_EL1 = (1, 0, 3, 0, 0), (2, 0, 3, 0, 2), (2, 0, 3, 0, 0)
-
-
-class _ProbeCpu(Cpu):
-    """Runs one faulting load and keeps the context saved in the exception hook."""
-
-    mode: ClassVar[str] = "probe"
-
-    def run(self) -> bool:
-        context = ctypes.c_void_p()
-        size = min(int(uclib.uc_context_size(self._handle)), _CONTEXT_LIMIT)
-        uclib.uc_context_alloc(self._handle, ctypes.byref(context))
-        self.saved = b""
-
-        def on_exception(_uc: int, _number: int, _data: int) -> None:
-            uclib.uc_context_save(self._handle, context)
-            self.saved = ctypes.string_at(context.value or 0, size)
-            uclib.uc_emu_stop(self._handle)
-
-        self._hook(UC_HOOK_INTR, _INTR(on_exception))
-        self._write_system(_TCR_EL1, _TCR_39_BIT)
-        self._write_system(_TTBR0_EL1, _PROBE_TABLE)
-        self._write_system(_SCTLR_EL1, int(self.uc.reg_read(UC_ARM64_REG_CP_REG, _SCTLR_EL1)) | 1)
-        self._start(1)
-        uclib.uc_context_free(context)
-        return False
-
-    def set_irq(self, level: bool) -> None:
-        """Not used."""
-
-    def kick(self) -> None:
-        """Not used."""
-
-
-@functools.cache
-def exception_offsets() -> tuple[int, int]:
-    """Where in a saved context the syndrome (32 bits) and the fault address (64 bits) are.
-
-    Found by causing one data abort whose syndrome and address are known. Raises EngineError.
-    """
-    memory = scratch_memory(_PROBE_BASE, _PROBE_SIZE)
-    memory.write(_PROBE_BASE, _PROBE_LOAD.to_bytes(4, "little"))
-    memory.write(_PROBE_TABLE + 8, (_PROBE_BASE | _PROBE_BLOCK).to_bytes(8, "little"))
-    cpu = _ProbeCpu(scratch_wiring(memory))
-    cpu.enter(CpuEntry(_PROBE_BASE, {"x1": _PROBE_ADDRESS}))
-    cpu.run()
-    # The syndrome, four bytes of another field, the address: the way the core declares them.
-    known = _PROBE_SYNDROME.to_bytes(4, "little"), _PROBE_ADDRESS.to_bytes(8, "little")
-    for at in range(0, len(cpu.saved) - 16, 4):
-        if cpu.saved[at : at + 4] == known[0] and cpu.saved[at + 8 : at + 16] == known[1]:
-            return at, at + 8
-    raise EngineError("safe mode does not know this Unicorn build: no fault address in its context")

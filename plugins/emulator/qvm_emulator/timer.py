@@ -30,8 +30,9 @@ def now_ns() -> int:
 class TimerChannel:
     """One compare register and its output line (level: high while the condition holds, unmasked)."""
 
-    def __init__(self, line: Callable[[bool], None], moved: Callable[[], None],
-                 clock: Callable[[], int] = now_ns) -> None:
+    def __init__(
+        self, line: Callable[[bool], None], moved: Callable[[], None], clock: Callable[[], int] = now_ns
+    ) -> None:
         self._line = line
         self._moved = moved
         self._clock = clock

@@ -24,9 +24,7 @@ from qvmcore.api import (
     Window,
 )
 
-GIC = Controller(
-    "gicv2", "gic", ((0x0800_0000, 0x1_0000), (0x0801_0000, 0x1_0000)), range(32, 96)
-)
+GIC = Controller("gicv2", "gic", ((0x0800_0000, 0x1_0000), (0x0801_0000, 0x1_0000)), range(32, 96))
 DEVICE = 0x0900_0000
 DEVICE_VALUE = 0xABCD_0000
 DEVICE_LINE = IntrSpec("gic", 40)
@@ -43,8 +41,15 @@ class Result:
     writes: list[tuple[int, int, int]] = field(default_factory=list)
 
 
-def run_trial(cpu_class: type[Cpu], *, loops: int, patches: int, last_call: int = 0,
-              timeout: float = 5.0, kick: bool = True) -> Result:
+def run_trial(
+    cpu_class: type[Cpu],
+    *,
+    loops: int,
+    patches: int,
+    last_call: int = 0,
+    timeout: float = 5.0,
+    kick: bool = True,
+) -> Result:
     """Run the program once; ``loops`` and ``patches`` set its length, ``timeout`` is in seconds."""
     memory = scratch_memory(program.BASE, program.SIZE)
     memory.write(program.BASE, program.image())
@@ -55,9 +60,12 @@ def run_trial(cpu_class: type[Cpu], *, loops: int, patches: int, last_call: int 
     writes: list[tuple[int, int, int]] = []
     bus = AddressSpace()
     bus.insert(
-        DEVICE, Window(0x1000),
-        MmioHandler(lambda offset, _size: DEVICE_VALUE + offset,
-                    lambda offset, size, value: writes.append((offset, size, value))),
+        DEVICE,
+        Window(0x1000),
+        MmioHandler(
+            lambda offset, _size: DEVICE_VALUE + offset,
+            lambda offset, size, value: writes.append((offset, size, value)),
+        ),
         "trial",
     )
     bus.freeze()

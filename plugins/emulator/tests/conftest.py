@@ -47,7 +47,8 @@ class Bench:
         self.bus = AddressSpace(lambda *access: self.unsupported.append(access))
         self.read: Callable[[int, int], int] = lambda _offset, _size: 0
         self.bus.insert(
-            DEVICE, Window(0x1000),
+            DEVICE,
+            Window(0x1000),
             MmioHandler(lambda offset, size: self.read(offset, size), lambda _offset, _size, _value: None),
             "bench",
         )

@@ -21,7 +21,8 @@ POWER_OFF = """
 20c 14000000  b .
 """
 
-ROM = """
+ROM = (
+    """
 000 d2a20001  mov x1, #0x10000000
 004 d2824682  mov x2, #0x1234
 008 f9000422  str x2, [x1, #8]
@@ -30,15 +31,20 @@ ROM = """
 014 f9000003  str x3, [x0]
 018 f9000404  str x4, [x0, #8]
 01c 14000079  b 200
-""" + POWER_OFF
+"""
+    + POWER_OFF
+)
 
-NOTHING_THERE = """
+NOTHING_THERE = (
+    """
 000 d2c10001  mov x1, #0x80000000000
 004 f9400022  ldr x2, [x1]
 008 f9000002  str x2, [x0]
 00c f9000022  str x2, [x1]
 010 1400007c  b 200
-""" + POWER_OFF
+"""
+    + POWER_OFF
+)
 
 IDLE = """
 000 d503207f  wfi

@@ -20,7 +20,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qvmcore.bus import all_ones
@@ -42,6 +41,10 @@ LOCK_PATIENCE = 2.0
 HANDLER_PATIENCE = 5.0
 #: Seconds on_terminate and the stop of a worker may take.
 END_DEADLINE = 2.0
+
+
+#: What the exit codes below 32 that a vdev may choose mean.
+_VDEV_ENDS = {0: Reason.GUEST_SHUTDOWN, 3: Reason.POWER_CUT, 6: Reason.VDEV_FATAL}
 
 
 class VdevHung(Exception):
@@ -66,7 +69,7 @@ class VdevSlot:
         self.spec = spec
         self.cls = cls
         self.name = spec.name
-        self.base_dir = Path(spec.source.file).parent.absolute()
+        self.base_dir = spec.base_dir.absolute()
         self.memory = GuestMemory()
         self.log = logging.LoggerAdapter(logging.getLogger(f"qvm.vdev.{spec.type}"), {"vdev": spec.name})
         self.faulted = ""
@@ -117,9 +120,9 @@ class VdevSlot:
 
     def request_shutdown(self, message: str, *, code: int = 6) -> None:
         """See VdevContext. Raises ValueError for a code that is not a vdev's to choose."""
-        if code not in (0, 6) and not 32 <= code <= 63:
-            raise ValueError(f"exit code {code}: a vdev may choose 0, 6, or 32 to 63")
-        reason = Reason.GUEST_SHUTDOWN if code == 0 else Reason.VDEV_FATAL
+        reason = _VDEV_ENDS.get(code, Reason.VDEV_FATAL)
+        if code not in _VDEV_ENDS and not 32 <= code <= 63:
+            raise ValueError(f"exit code {code}: a vdev may choose 0, 3, 6, or 32 to 63")
         self._end(GuestEnd(reason, f"{self.name}: {message}", code))
 
     def press_power_button(self) -> None:

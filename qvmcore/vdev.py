@@ -79,7 +79,11 @@ class VdevContext(Protocol):
         """Add a step to the end of the VM; allowed until the guest starts. Deadline in seconds."""
 
     def request_shutdown(self, message: str, *, code: int = 6) -> None:
-        """End the VM in order, asynchronously, from any thread. ``code``: 6, or 32 to 63."""
+        """End the VM in order, asynchronously, from any thread.
+
+        ``code`` is the exit code: 0 the guest asked to power off, 3 the power was cut, 6 the vdev
+        failed, 32 to 63 the vdev's own. ValueError for any other.
+        """
 
     def press_power_button(self) -> None:
         """Ask the VM for a power button press, as SIGTERM does; any thread."""
@@ -108,6 +112,15 @@ class Vdev:
     def __init__(self, ctx: VdevContext, options: Any) -> None:
         self.ctx = ctx
         self.options = options
+
+    @classmethod
+    def claims(cls, options: Any) -> tuple[str, ...]:
+        """Things of the host that only one vdev of a VM can have, by the names people know.
+
+        ``("standard input", "standard output")`` for a console on the terminal. Two vdevs that
+        claim the same thing are an error of the VM file; called before anything is created.
+        """
+        return ()
 
     def mmio_read(self, window: int, offset: int, size: int) -> int:
         """Value of ``size`` bytes at ``offset`` of the window; default all ones."""

@@ -1,4 +1,5 @@
 """vdev 'hello': greets, keeps one scratch word, counts writes and pulses its interrupt."""
+
 from qvmcore.api import Vdev, Window, hookimpl
 
 GREETING, SCRATCH, WRITES = 0x00, 0x04, 0x08

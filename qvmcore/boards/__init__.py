@@ -7,7 +7,7 @@ guest of its kind is told about all that (the device tree).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from qvmcore.engine import Controller
@@ -44,6 +44,8 @@ class ImplicitVdev:
     name: str
     loc: int
     intr: IntrSpec | None
+    #: Options it has unless a listed vdev claims the same things of the host (its terminal).
+    options: Mapping[str, object] = field(default_factory=dict)
 
 
 class Board(Protocol):

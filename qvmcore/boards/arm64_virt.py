@@ -55,7 +55,7 @@ class Arm64Virt:
         ),
     )
     implicit = (
-        ImplicitVdev("pl011", "uart0", 0x0900_0000, IntrSpec("gic", 33)),
+        ImplicitVdev("pl011", "uart0", 0x0900_0000, IntrSpec("gic", 33), {"hostdev": "stdio"}),
         ImplicitVdev("pl061", "gpio0", 0x0903_0000, IntrSpec("gic", 39)),
     )
     vdev_space = range(0x1C0D_0000, 0x2000_0000, 0x1_0000)

@@ -15,7 +15,10 @@ from qvmcore.errors import HostError
 @click.command()
 @vm_files
 @click.option(
-    "-o", "--output", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path, allow_dash=True),
+    "-o",
+    "--output",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path, allow_dash=True),
     help="Where to write the blob; - is standard output.",
 )
 @logging_options

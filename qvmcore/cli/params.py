@@ -43,14 +43,32 @@ def as_json(command: _Command) -> _Command:
 def logging_options(command: _Command) -> _Command:
     """``--verbose``, ``--quiet``, ``--log-file`` and ``--debug``; before or behind the command's name."""
     options = [
-        click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=_remember,
-                     help="Say more."),
-        click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=_remember,
-                     help="Warnings and errors only."),
-        click.option("--log-file", metavar="FILE", type=click.Path(dir_okay=False), expose_value=False,
-                     callback=_remember, help="Write every message with its time to FILE as well."),
-        click.option("--debug", is_flag=True, expose_value=False, callback=_debug,
-                     help="Show tracebacks (also: QVM_DEBUG=1)."),
+        click.option(
+            "-v", "--verbose", is_flag=True, expose_value=False, callback=_remember, help="Say more."
+        ),
+        click.option(
+            "-q",
+            "--quiet",
+            is_flag=True,
+            expose_value=False,
+            callback=_remember,
+            help="Warnings and errors only.",
+        ),
+        click.option(
+            "--log-file",
+            metavar="FILE",
+            type=click.Path(dir_okay=False),
+            expose_value=False,
+            callback=_remember,
+            help="Write every message with its time to FILE as well.",
+        ),
+        click.option(
+            "--debug",
+            is_flag=True,
+            expose_value=False,
+            callback=_debug,
+            help="Show tracebacks (also: QVM_DEBUG=1).",
+        ),
     ]
     for option in reversed(options):
         command = option(command)

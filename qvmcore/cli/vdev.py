@@ -59,16 +59,18 @@ def _show_type(state: State, vdev_type: str, json_output: bool) -> None:
     common = [option for option in describe_options(VdevTable) if option.name != "type"]
     options = describe_options(cls.Options)
     if json_output:
-        print_json({
-            "type": vdev_type,
-            "distribution": entry.distribution,
-            "version": entry.version,
-            "summary": cls.summary,
-            "windows": [window.size for window in cls.windows],
-            "interrupts": cls.irqs,
-            "options": [dataclasses.asdict(option) for option in options],
-            "common": [dataclasses.asdict(option) for option in common],
-        })
+        print_json(
+            {
+                "type": vdev_type,
+                "distribution": entry.distribution,
+                "version": entry.version,
+                "summary": cls.summary,
+                "windows": [window.size for window in cls.windows],
+                "interrupts": cls.irqs,
+                "options": [dataclasses.asdict(option) for option in options],
+                "common": [dataclasses.asdict(option) for option in common],
+            }
+        )
         return
     click.echo(f"{vdev_type} ({entry.distribution} {entry.version}): {cls.summary}\n")
     columns = ["key", "value", "default", "meaning"]

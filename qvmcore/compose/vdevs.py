@@ -53,12 +53,13 @@ def build_vdevs(
     builder = _Builder(classes, problems)
     claims = _claims(tables, board)
     listed = {claim.name for claim in claims.values()} | {table.get("name") for table in tables}
-    implicit = [
-        builder.implicit(each) for each in (board.implicit if board else ()) if each.name not in listed
-    ]
+    # Listed ones first: what they claim of the host, an implicit one does without.
     explicit = [
         builder.explicit(index, table, name, claims.get(index))
         for index, (name, table) in enumerate(zip(_names(tables, board), tables, strict=True))
+    ]
+    implicit = [
+        builder.implicit(each) for each in (board.implicit if board else ()) if each.name not in listed
     ]
     specs = [spec for spec in [*implicit, *explicit] if spec is not None]
     return specs, builder.known
@@ -69,9 +70,7 @@ def _claims(tables: Sequence[Table], board: Board | None) -> dict[int, ImplicitV
     claims: dict[int, ImplicitVdev] = {}
     for implicit in board.implicit if board else ():
         same_name = [i for i, t in enumerate(tables) if t.get("name") == implicit.name]
-        same_type = [
-            i for i, t in enumerate(tables) if t.get("type") == implicit.type and i not in claims
-        ]
+        same_type = [i for i, t in enumerate(tables) if t.get("type") == implicit.type and i not in claims]
         for index in (same_name or same_type)[:1]:
             claims[index] = implicit
     return claims
@@ -85,14 +84,17 @@ class _Builder:
         self._classes = classes
         self._problems = problems
         self._names: dict[str, Source] = {}
+        self._claimed: dict[str, str] = {}
 
     def implicit(self, each: ImplicitVdev) -> VdevSpec | None:
-        """A vdev that no file lists, with default options."""
+        """A vdev that no file lists, with the board's options, or the defaults where these clash."""
         source = Source(f"board vdev {each.name}")
         cls = self._class(each.type, source, f"({each.type})")
         if cls is None:
             return None
-        options, found = convert_options(cls.Options, {}, Path.cwd())
+        options, found = convert_options(cls.Options, each.options, Path.cwd())
+        if not found and any(claim in self._claimed for claim in cls.claims(options)):
+            options, found = convert_options(cls.Options, {}, Path.cwd())
         for problem in found:
             self._problems.add(source, f"({each.type})", problem.message, problem.hint)
         self._names[each.name] = source
@@ -143,6 +145,10 @@ class _Builder:
         options, found = convert_options(cls.Options, values, table.base_dir, base_dirs=directories)
         known = [*_own_keys(cls), *COMMON_KEYS]
         report([_with_common_hint(problem, known) for problem in found], table, where, self._problems)
+        for claim in cls.claims(options) if options is not None else ():
+            earlier = self._claimed.setdefault(claim, where)
+            if earlier != where:
+                self._problems.add(table.source, where, f"{claim} is already used by {earlier}")
         return options
 
     def _check_name(self, name: str, table: Table, where: str) -> None:

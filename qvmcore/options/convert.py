@@ -253,6 +253,7 @@ _SCALARS: Mapping[Any, Any] = {
     IntrSpec: lambda value, lax, base_dir: IntrSpec.parse(_text(value)),
 }
 
+
 def _help(hint: Any) -> str:
     return next((meta.description for meta in unwrap(hint)[1] if meta.description), "")
 

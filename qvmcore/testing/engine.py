@@ -79,7 +79,7 @@ class ScriptedGuest:
 
     def status(self) -> Mapping[str, object]:
         """Interrupt counts."""
-        return {number: line.pulses for number, line in self.irqs.items()}
+        return {str(number): line.pulses for number, line in self.irqs.items()}
 
     def close(self) -> None:
         """Remember it."""

@@ -71,6 +71,7 @@ def machine(
                 IntrSpec("gic", FIRST_INTR + index) if cls.irqs else None,
                 on_fault,
                 source=Source(str(folder / "vm.toml")),
+                base_dir=folder,
             )
         )
     fields: dict[str, Any] = {

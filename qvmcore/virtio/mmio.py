@@ -51,8 +51,7 @@ class MmioTransport:
     def doorbells(self) -> tuple[tuple[Doorbell, EventFd], ...]:
         """The QueueNotify values and what each one signals, for an engine with ioeventfds."""
         return tuple(
-            (Doorbell(spec.MMIO_QUEUE_NOTIFY, 4, index), fd)
-            for index, fd in enumerate(self._state.doorbells)
+            (Doorbell(spec.MMIO_QUEUE_NOTIFY, 4, index), fd) for index, fd in enumerate(self._state.doorbells)
         )
 
     def read(self, offset: int, size: int) -> int:

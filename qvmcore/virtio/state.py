@@ -42,9 +42,7 @@ if TYPE_CHECKING:
 QUIESCE_TIMEOUT = 1.0
 
 #: Feature bits every device has, because the core implements them.
-CORE_FEATURES = (
-    1 << spec.VIRTIO_F_VERSION_1 | 1 << spec.VIRTIO_F_EVENT_IDX | 1 << spec.VIRTIO_F_INDIRECT_DESC
-)
+CORE_FEATURES = 1 << spec.VIRTIO_F_VERSION_1 | 1 << spec.VIRTIO_F_EVENT_IDX | 1 << spec.VIRTIO_F_INDIRECT_DESC
 
 #: 32-bit feature words a driver may select; the standard allots bits up to 127 (2.2).
 FEATURE_WORDS = 32
@@ -101,13 +99,14 @@ class VirtioState:
         if self._activated and index < len(self._doorbells):
             self._doorbells[index].signal()
 
-    def config_changed(self) -> None:
+    def config_changed(self, *, always: bool = False) -> None:
         """``config_space()`` returns something new: tell the driver (2.5, 3.2.1). Any thread.
 
-        The driver sees the new bytes and the new generation at once, never a mixture. Nothing
-        happens when the bytes are the same. The interrupt is sent from DRIVER_OK on (2.1.2).
+        The driver sees the new bytes and the new generation at once, never a mixture. When the
+        bytes are the same nothing happens, unless ``always`` asks for the notification itself. It
+        is sent from DRIVER_OK on (2.1.2).
         """
-        if self.config.refresh() and self._activated and not self._ended:
+        if (self.config.refresh() or always) and self._activated and not self._ended:
             self._transport.interrupt_config()
 
     def needs_reset(self, error: BaseException) -> None:
@@ -354,6 +353,8 @@ class VirtioState:
     def _release(self, end: GuestEnd) -> None:
         for doorbell in self._doorbells:
             doorbell.close()
+        # The queues hold views of guest memory, which can be unmapped only without them.
+        self._queues = [None] * len(self._queues)
 
 
 def _checked_sizes(vdev: VirtioVdev) -> tuple[int, ...]:

@@ -143,8 +143,9 @@ def test_read_only_disk_by_angle_bracket(start: Start, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP, None])
 def test_the_terminal_is_restored_after_every_end(files: Path, number: signal.Signals | None) -> None:
-    """On a pseudo-terminal: raw while the guest runs, as it was afterwards."""
+    """On a pseudo-terminal: the guest knows its size; raw while it runs, as it was afterwards."""
     master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (37, 91))
     before = termios.tcgetattr(slave)
     pid = os.fork()
     if pid == 0:
@@ -161,6 +162,10 @@ def test_the_terminal_is_restored_after_every_end(files: Path, number: signal.Si
         assert time.monotonic() < deadline, output
         output += os.read(master, 4096)
     assert termios.tcgetattr(slave)[3] & termios.ICANON == 0
+    os.write(master, b"stty size\n")
+    while b"37 91" not in output:
+        assert time.monotonic() < deadline, output
+        output += os.read(master, 4096)
     if number is None:
         os.write(master, b"poweroff\n")
     else:

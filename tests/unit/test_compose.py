@@ -324,9 +324,7 @@ def test_ram_over_ram(folder: Path) -> None:
 
 def test_more_memory_than_the_host_has(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "host_memory", lambda: 32 * MIB)
-    assert errors(folder, BASE) == [
-        "vm.toml:3: ram: 64M of guest memory is more than this host has (32M)"
-    ]
+    assert errors(folder, BASE) == ["vm.toml:3: ram: 64M of guest memory is more than this host has (32M)"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody who may not read the file")
@@ -367,3 +365,20 @@ hostdv = "x"
 """
     found = errors(folder, text)
     assert [line.split(":")[1] for line in found] == ["1", "2", "3", "4", "6", "8", "9", "11", "12"]
+
+
+STDIO = '[[vdev]]\ntype = "pl011"\nhostdev = "stdio"\n'
+SECOND = '[[vdev]]\ntype = "pl011"\nname = "second"\nloc = 0x1c0d0000\nintr = "gic:41"\nhostdev = "stdio"\n'
+
+
+def test_the_boards_uart_has_the_terminal_unless_a_listed_vdev_claims_it(folder: Path) -> None:
+    uart = good(folder, BASE).vdevs[0]
+    assert (uart.name, uart.implicit, uart.options.hostdev) == ("uart0", True, "stdio")
+    named = good(folder, BASE + '[[vdev]]\ntype = "pl011"\nname = "uart0"\n' + SECOND)
+    assert [vdev.options.hostdev for vdev in named.vdevs if vdev.type == "pl011"] == ["null", "stdio"]
+
+
+def test_a_terminal_claimed_twice_is_an_error_that_names_the_other(folder: Path) -> None:
+    assert "vm.toml:9: vdev[1] (pl011): standard input is already used by vdev[0] (pl011)" in errors(
+        folder, BASE + STDIO + SECOND
+    )

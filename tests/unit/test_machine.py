@@ -293,7 +293,7 @@ class Fatal(Probe):
         self.ctx.request_shutdown("asked by the guest", code=value)
 
 
-@pytest.mark.parametrize("code", [0, 6, 32, 63])
+@pytest.mark.parametrize("code", [0, 3, 6, 32, 63])
 def test_a_vdev_may_end_the_vm_with_its_own_code(tmp_path: Path, code: int) -> None:
     outcome, _ = run(tmp_path, lambda g: (g.write32(FIRST_LOC, code), g.wait())[0], Fatal)
     assert outcome.code == code
@@ -303,7 +303,7 @@ def test_a_vdev_may_end_the_vm_with_its_own_code(tmp_path: Path, code: int) -> N
 @pytest.mark.parametrize("code", [1, 31, 64])
 def test_a_vdev_cannot_take_another_exit_code(tmp_path: Path, code: int) -> None:
     _, vm = run(tmp_path, lambda g: (g.write32(FIRST_LOC, code), g.power_off())[0], Fatal)
-    assert vm.slots[0].faulted == f"ValueError: exit code {code}: a vdev may choose 0, 6, or 32 to 63"
+    assert vm.slots[0].faulted == f"ValueError: exit code {code}: a vdev may choose 0, 3, 6, or 32 to 63"
 
 
 class Button(Probe):

@@ -152,9 +152,7 @@ def test_all_problems_are_reported_at_once() -> None:
 def test_post_init_is_a_problem_of_the_whole_table() -> None:
     result, problems = convert_options(Options, {"count": 1, "read-only": True, "cache": "none"}, BASE)
     assert result is None
-    assert [(p.key, p.message) for p in problems] == [
-        ("", "read-only and cache = 'none' exclude each other")
-    ]
+    assert [(p.key, p.message) for p in problems] == [("", "read-only and cache = 'none' exclude each other")]
 
 
 def test_command_line_text_is_converted_as_the_field_asks() -> None:

@@ -46,12 +46,21 @@ class Silent(Vdev):
     vdev_type = "silent"
 
 
+class UartOptions(msgspec.Struct, frozen=True):
+    hostdev: str = "null"
+
+
 class Pl011(Vdev):
     vdev_type = "pl011"
+    Options = UartOptions
     windows = (Window(0x1000),)
     irqs = 1
     trigger = Trigger.LEVEL
     fdt_compatible = ("arm,pl011", "arm,primecell")
+
+    @classmethod
+    def claims(cls, options: UartOptions) -> tuple[str, ...]:
+        return ("standard input", "standard output") if options.hostdev == "stdio" else ()
 
     def describe_fdt(self, node: FdtNode) -> None:
         node.set_cells("clocks", node.reference("/apb-pclk"), node.reference("/apb-pclk"))
@@ -76,9 +85,7 @@ class Pl061(Pl011):
         key.set_cells("gpios", node.phandle(), 3, 0)
 
 
-CLASSES: Mapping[str, type[Vdev]] = {
-    cls.vdev_type: cls for cls in (Disk, Net, Silent, Pl011, Pl061)
-}
+CLASSES: Mapping[str, type[Vdev]] = {cls.vdev_type: cls for cls in (Disk, Net, Silent, Pl011, Pl061)}
 
 
 class FakeHost:

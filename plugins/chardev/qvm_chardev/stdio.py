@@ -54,7 +54,7 @@ class Stdio:
         if terminal and not (_is_tty(input_fd) and _is_tty(output_fd)):
             raise HostError(
                 f"{wiring.name}: standard input and output are no terminal",
-                hint="use hostdev = \"stdio\", or start qvm from a terminal",
+                hint='use hostdev = "stdio", or start qvm from a terminal',
             )
         if _is_open(output_fd):
             copy = nonblocking_copy(output_fd, os.O_WRONLY)

@@ -70,6 +70,11 @@ class Pl011(Vdev):
         self.sent = self.received = 0
         self.on_reset()
 
+    @classmethod
+    def claims(cls, options: Pl011Options) -> tuple[str, ...]:
+        """The terminal, when the line is on it."""
+        return parse_spec(options.hostdev).claims
+
     def on_reset(self) -> None:
         """Reset values of DDI 0183, table 3-1."""
         self._rx.clear()
@@ -86,7 +91,7 @@ class Pl011(Vdev):
         """Open the host device."""
         ctx = self.ctx
         escape = EscapeActions(
-            quit=lambda: ctx.request_shutdown("the escape key cut the power", code=0),
+            quit=lambda: ctx.request_shutdown("the escape key cut the power", code=3),
             power_button=ctx.press_power_button,
         )
         self._device = open_chardev(

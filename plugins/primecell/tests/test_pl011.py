@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from qvm_primecell.pl011 import (
     CR,
     CR_LBE,
@@ -31,6 +30,7 @@ from qvm_primecell.pl011 import (
     TX_LIMIT,
     Pl011,
 )
+
 from qvmcore.errors import ConfigError, HostError
 from qvmcore.testing.fakes import Plugged, plug
 

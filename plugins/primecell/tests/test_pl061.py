@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from qvm_primecell.pl061 import DIR, IBE, IC, IE, IEV, IS, MIS, RIS, Pl061
+
 from qvmcore.testing.fakes import Plugged, plug
 
 BUTTON = 1 << 3

@@ -83,12 +83,7 @@ def parse(chain: Chain, capacity: int, seg_max: int) -> Request:
             return _other(kind, chain)
     offset = sector * SECTOR
     # Python integers do not wrap, so no sector number can pass this check by overflow.
-    if (
-        length & _SECTOR_MASK
-        or offset + length > capacity
-        or len(views) > seg_max
-        or length > MAX_REQUEST
-    ):
+    if length & _SECTOR_MASK or offset + length > capacity or len(views) > seg_max or length > MAX_REQUEST:
         raise RequestError(S_IOERR, _why(offset, length, capacity, len(views), seg_max))
     return Request(kind, offset, length, views)
 

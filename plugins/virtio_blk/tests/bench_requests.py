@@ -25,9 +25,7 @@ def _fill(ring: SplitDriver, kind: int, disk_blocks: int) -> None:
         head = 3 * chain
         sector = chain * 7919 % disk_blocks * (BLOCK // 512)
         ring.write_desc(head, ring.ram.put(header(kind, sector)), 16, NEXT, head + 1)
-        ring.write_desc(
-            head + 1, ring.ram.alloc(BLOCK), BLOCK, NEXT | (WRITE if kind == IN else 0), head + 2
-        )
+        ring.write_desc(head + 1, ring.ram.alloc(BLOCK), BLOCK, NEXT | (WRITE if kind == IN else 0), head + 2)
         ring.write_desc(head + 2, ring.ram.alloc(1), 1, WRITE)
     for slot in range(ring.size):
         ring.offer(3 * (slot % CHAINS))

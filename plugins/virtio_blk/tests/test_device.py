@@ -22,9 +22,7 @@ Disk = Callable[..., Plugged[VirtioBlk]]
 
 
 def test_5_2_4_configuration(disk: Disk, start: Start) -> None:
-    guest = start(
-        disk(block_size="1K", physical_block_size="4K", min_io_size="8K", opt_io_size="64K")
-    )
+    guest = start(disk(block_size="1K", physical_block_size="4K", min_io_size="8K", opt_io_size="64K"))
     config = guest.driver.config
     assert config(0, 8) == 128
     assert config(8, 4) == 0  # SIZE_MAX is not offered

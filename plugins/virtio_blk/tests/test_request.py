@@ -43,9 +43,7 @@ def test_5_2_6_how_a_request_is_cut_means_nothing(first: list[int], second: list
     data = bytes(range(256)) * 4
     readable = header(kind, 7) + (data if kind == OUT else b"")
     writable = bytes(1025 if kind == IN else 1)
-    request = parse(
-        chain(cut(readable, first), [len(part) for part in cut(writable, second)]), CAPACITY, 254
-    )
+    request = parse(chain(cut(readable, first), [len(part) for part in cut(writable, second)]), CAPACITY, 254)
     assert (request.kind, request.offset, request.length) == (kind, 7 * 512, 1024)
     assert sum(map(len, request.views)) == 1024
     if kind == OUT:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qvm_chardev import CharDevice, EscapeActions, open_chardev
+from qvm_chardev import CharDevice, EscapeActions, open_chardev, parse_spec
 
 from qvm_virtio_console import spec
 from qvm_virtio_console.options import ConsoleOptions
@@ -34,6 +34,12 @@ class VirtioConsole(VirtioVdev):
         # A transmitted chain that the host took only in part: it, its views, and the bytes taken.
         self._partial: tuple[Chain, list[memoryview], int] | None = None
         self._emergency = 0
+        self._announce_size = False
+
+    @classmethod
+    def claims(cls, options: ConsoleOptions) -> tuple[str, ...]:
+        """The terminal, when the console is on it."""
+        return parse_spec(options.hostdev).claims
 
     def on_configured(self) -> None:
         """Open the host device; a terminal is raw from here on, until on_terminate."""
@@ -41,7 +47,7 @@ class VirtioConsole(VirtioVdev):
         escape = None
         if self.options.escape == "ctrl-a":
             escape = EscapeActions(
-                quit=lambda: ctx.request_shutdown("the escape key was typed", code=0),
+                quit=lambda: ctx.request_shutdown("the escape key cut the power", code=3),
                 power_button=ctx.press_power_button,
             )
         line = self._line = open_chardev(
@@ -76,6 +82,10 @@ class VirtioConsole(VirtioVdev):
             self._emergency += 1
             self._line.write(data[:1])
 
+    def on_activate(self, features: int) -> None:
+        """Linux without MULTIPORT reads the size only after a configuration change (see _transmit)."""
+        self._announce_size = bool(features & spec.F_SIZE)
+
     def on_deactivate(self) -> None:
         """The rest of a chain is the old driver's; it is not sent."""
         self._partial = None
@@ -90,6 +100,10 @@ class VirtioConsole(VirtioVdev):
     def _transmit(self, queue: Virtqueue) -> None:
         line = self._line
         assert line is not None
+        if self._announce_size and queue.pending:
+            # Not before the first output: only then has Linux made the port the size belongs to.
+            self._announce_size = False
+            self.virtio.config_changed(always=True)
         if self._partial is not None and not self._send(line, queue, *self._partial):
             return
         for chain in queue:

@@ -220,7 +220,7 @@ def test_escape_key_asks_the_machine(console: Console, terminal: tuple[int, int]
     os.write(terminal[0], b"\x01p\x01x")
     assert wait_for(lambda: device.ctx.shutdowns)
     assert device.ctx.button_presses == 1
-    assert device.ctx.shutdowns == [("the escape key was typed", 0)]
+    assert device.ctx.shutdowns == [("the escape key cut the power", 3)]
 
 
 def test_escape_none_gives_the_guest_every_key(console: Console, terminal: tuple[int, int]) -> None:

@@ -13,7 +13,6 @@ Nobody sees a traceback unless ``--debug`` or ``QVM_DEBUG=1`` asks for it.
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -28,7 +27,6 @@ EXIT_USAGE = EXIT_BEFORE_START = 64
 EXIT_CONFIG = 65
 EXIT_AFTER_START = 96
 _EXIT_INTERRUPTED = 130
-_EXIT_BROKEN_PIPE = 141
 
 
 def main(args: Sequence[str] | None = None, *, host: PluginHost | None = None) -> int:
@@ -41,7 +39,6 @@ def main(args: Sequence[str] | None = None, *, host: PluginHost | None = None) -
     state = State(host)
     try:
         result = qvm.main(args, prog_name="qvm", standalone_mode=False, obj=state)
-        sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except ConfigError as error:
         return _say(state, str(error), EXIT_CONFIG)
@@ -52,10 +49,6 @@ def main(args: Sequence[str] | None = None, *, host: PluginHost | None = None) -
         return EXIT_USAGE
     except (click.Abort, KeyboardInterrupt):
         return _say(state, "qvm: interrupted", _EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our output is gone; give the interpreter's last flush somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _EXIT_BROKEN_PIPE
     except Exception as error:
         text = f"qvm: internal error: {type(error).__name__}: {error}"
         hint = "" if state.debug else "; run it again with --debug to see where, and please report it"

@@ -368,7 +368,8 @@ def test_a_closed_pipe_is_no_error() -> None:
         done = subprocess.run(
             [sys.executable, "-c", code], stdout=pipe, stderr=subprocess.PIPE, text=True, check=False
         )
-    assert (done.returncode, done.stderr) == (141, "")
+    # click ends a command whose reader is gone, silently and with 1.
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_importing_qvmcore_is_cheap() -> None:

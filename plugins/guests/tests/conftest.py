@@ -6,8 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-
-from .fake_debian import FakeApt, kernel_files, make_deb
+from fake_debian import FakeApt, kernel_files, make_deb
 
 
 @pytest.fixture

@@ -8,14 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+from fake_debian import RELEASE, FakeApt
 from qvm_guests import build as builder
 from qvm_guests.cache import GuestCache
 from qvm_guests.progress import Progress
 from qvm_guests.recipes import RECIPES, find
 
 from qvmcore.api import HostError, QvmError
-
-from .fake_debian import RELEASE, FakeApt
 
 RECIPE = RECIPES["debian-arm64"]
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import click
 import qvm_guests
 from click.testing import CliRunner
+from fake_debian import FakeApt
 from qvm_guests.cli import guest
-
-from .fake_debian import FakeApt
 
 
 def test_the_plugin_registers_one_command() -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from fake_debian import RELEASE, kernel_files, make_deb
 from qvm_guests.debs import DebArchive
 from qvm_guests.modules import ModuleTree, dependency_tables
 
 from qvmcore.api import HostError
-
-from .fake_debian import RELEASE, kernel_files, make_deb
 
 
 def test_closure_has_dependencies_first(kernel_deb: Path) -> None:

@@ -1,1 +1,0 @@
-"""Tests of qvm-guests; none but test_network needs a network."""

@@ -40,6 +40,7 @@ _GROUP = re.compile(r"qvm\.(vdev|engine|command)\.v(\d+)")
 KNOWN = {
     "virtio-blk": "qvm-virtio-blk",
     "virtio-console": "qvm-virtio-console",
+    "virtio-entropy": "qvm-virtio-entropy",
     "pl011": "qvm-primecell",
     "pl061": "qvm-primecell",
     "emulated": "qvm-emulator",

@@ -124,6 +124,65 @@ class IntrSpec:
         return f"{self.controller}:{self.number}"
 
 
+_PCI = re.compile(r"pci:(?P<bus>\w+):(?P<device>\w+)(?:\.(?P<function>\w+))?")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PciAddress:
+    """A place on PCI bus 0, written ``pci:0:5`` or ``pci:0:5.1`` (numbers as in the VM file)."""
+
+    device: int
+    function: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.device <= 31:
+            raise ValueError(f"device {self.device}: a PCI bus has devices 0 to 31")
+        if not 0 <= self.function <= 7:
+            raise ValueError(f"function {self.function}: a PCI device has functions 0 to 7")
+
+    @classmethod
+    def parse(cls, text: str) -> PciAddress:
+        """``"pci:0:5.1"`` -> ``PciAddress(5, 1)``. Raises ValueError with what was expected."""
+        match = _PCI.fullmatch(text.strip())
+        if match is None:
+            raise ValueError(f"expected pci:0:DEVICE or pci:0:DEVICE.FUNCTION, not {text!r}")
+        try:
+            bus, device = int(match["bus"], 0), int(match["device"], 0)
+            function = int(match["function"] or "0", 0)
+        except ValueError:
+            raise ValueError(f"expected numbers such as pci:0:5.1, not {text!r}") from None
+        if bus != 0:
+            raise ValueError(f"bus {bus}: there is only PCI bus 0")
+        return cls(device, function)
+
+    @property
+    def loc(self) -> str:
+        """As a VM file writes it: ``pci:0:5`` or ``pci:0:5.1``."""
+        return f"pci:0:{self.device}" + (f".{self.function}" if self.function else "")
+
+    def __str__(self) -> str:
+        """As lspci writes it, hexadecimal: ``00:05.1``."""
+        return f"00:{self.device:02x}.{self.function}"
+
+
+@dataclass(frozen=True, slots=True)
+class PciId:
+    """Who a PCI function says it is: 16-bit IDs, 8-bit revision. Subsystem 0:0 = none."""
+
+    vendor: int
+    device: int
+    subsystem_vendor: int = 0
+    subsystem: int = 0
+    revision: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("vendor", "device", "subsystem_vendor", "subsystem"):
+            if not 0 <= getattr(self, name) <= 0xFFFF:
+                raise ValueError(f"{name} {getattr(self, name):#x}: expected 16 bits")
+        if not 0 <= self.revision <= 0xFF:
+            raise ValueError(f"revision {self.revision:#x}: expected 8 bits")
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where in the user's files a table or key was written; ``line`` is 1-based, 0 if unknown."""

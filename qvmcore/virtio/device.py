@@ -9,6 +9,8 @@ framework's business. Life of a device, beyond that of every vdev (``qvmcore.vde
     refuse_features(...)   a vCPU     why a set of features cannot work (default: all can)
     on_activate(features)  a vCPU     DRIVER_OK: the queues exist from here; must return at once
     handle_queue(i, q)     worker     the driver offered buffers; also once after the activation
+    on_queue_reset(i)      a vCPU     the driver reset this queue alone: the worker is idle, its chains
+                                      are void, and their memory must not be touched from here on
     on_deactivate()        a vCPU     reset or end, after an activation or a config_write: the worker
                                       is idle, the queues are dead; back to the fresh state, and
                                       guest memory must not be touched from here on
@@ -29,7 +31,8 @@ class VirtioVdev(Vdev):
     """A virtio device.
 
     Declared on the class: ``device_id`` (chapter 5) and ``queue_sizes``, the largest size of each
-    queue in entries, powers of two up to 1024. ``vendor_id`` is the subsystem vendor. The window,
+    queue in entries, powers of two up to 1024; a device whose options decide how many there are sets
+    it on itself before it calls ``super().__init__``. ``vendor_id`` is the subsystem vendor. The window,
     the interrupt and the FDT node are those of virtio-mmio; another transport ignores them.
 
     ``self.virtio`` offers ``features``, ``active``, ``queue(index)``, ``kick(index)``,
@@ -37,7 +40,7 @@ class VirtioVdev(Vdev):
     """
 
     device_id: ClassVar[int]
-    queue_sizes: ClassVar[tuple[int, ...]]
+    queue_sizes: tuple[int, ...]
     vendor_id: ClassVar[int] = 0x1C05
 
     # 4.2.1: the suggested binding gives a device 512 bytes; 8-byte accesses are never right (4.2.2.2).
@@ -82,6 +85,13 @@ class VirtioVdev(Vdev):
         device.
         """
         raise NotImplementedError(f"{type(self).__name__} serves no queue")
+
+    def on_queue_reset(self, index: int) -> None:
+        """The driver reset one queue (2.6.1), which is dead: forget the chains of it that are held.
+
+        Handled requests need nothing; work in the background on chains of this queue must have ended
+        when this returns. The driver may set the queue up again: ``handle_queue`` is then called.
+        """
 
     def on_deactivate(self) -> None:
         """The driver reset the device, or the VM ends: undo what the driver did. Idempotent."""

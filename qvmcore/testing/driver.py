@@ -1,7 +1,8 @@
-"""A guest's virtio driver over MMIO: discovery, negotiation, queues (virtio 1.4, 3.1.1 and 4.2.3)."""
+"""A guest's virtio driver: negotiation and queues on any transport, registers on MMIO (virtio 1.4, 3.1.1)."""
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -9,10 +10,31 @@ from qvmcore.memory import GuestMemory
 from qvmcore.testing.ring import GuestRam, Piece, Request, SplitDriver, Used
 from qvmcore.virtio import spec
 
-__all__ = ["Bus", "FeaturesRefused", "GuestRam", "MmioDriver", "Piece", "Request", "SplitDriver", "Used"]
+__all__ = [
+    "Bus",
+    "FeaturesRefused",
+    "GuestRam",
+    "MmioDriver",
+    "Piece",
+    "Request",
+    "SplitDriver",
+    "Used",
+    "VirtioDriver",
+]
 
 #: What a driver accepts of the features that belong to the ring.
-RING_FEATURES = 1 << spec.VIRTIO_F_VERSION_1 | 1 << spec.VIRTIO_F_EVENT_IDX | 1 << spec.VIRTIO_F_INDIRECT_DESC
+RING_FEATURES = sum(
+    1 << bit
+    for bit in (
+        spec.VIRTIO_F_VERSION_1,
+        spec.VIRTIO_F_INDIRECT_DESC,
+        spec.VIRTIO_F_EVENT_IDX,
+        spec.VIRTIO_F_RING_PACKED,
+        spec.VIRTIO_F_IN_ORDER,
+        spec.VIRTIO_F_NOTIFICATION_DATA,
+        spec.VIRTIO_F_RING_RESET,
+    )
+)
 
 
 class Bus(Protocol):
@@ -29,27 +51,20 @@ class FeaturesRefused(Exception):
     """The device did not keep FEATURES_OK."""
 
 
-class MmioDriver:
-    """The driver of one virtio-mmio device at ``base``; ``queues`` are its rings after :meth:`start`.
+class VirtioDriver(abc.ABC):
+    """The driver of one virtio device; ``queues`` are its rings after :meth:`start`.
 
     ::
 
-        driver = MmioDriver(device.bus, device.base, GuestRam(device.memory))
+        driver = device.driver()
         driver.start()
         request = driver.queues[0].submit([header], [512, 1])
     """
 
-    def __init__(self, bus: Bus, base: int, ram: GuestRam) -> None:
-        self._bus = bus
-        self._base = base
+    def __init__(self, ram: GuestRam) -> None:
         self.ram = ram
         self.features = 0
         self.queues: list[SplitDriver] = []
-
-    @classmethod
-    def of(cls, device: _Plugged) -> MmioDriver:
-        """A driver for a device from :func:`qvmcore.testing.fakes.plug`."""
-        return cls(device.bus, device.base, GuestRam(device.memory))
 
     # ---- the checklist of 3.1.1 ----------------------------------------------------------------
 
@@ -90,19 +105,111 @@ class MmioDriver:
             index += 1
 
     def setup_queue(self, index: int, size: int) -> SplitDriver:
-        """4.2.3.2 for one queue."""
+        """One queue: its ring in guest memory, told to the device."""
         ring = SplitDriver(self.ram, size, self.features, lambda: self.notify(index))
-        self.write(spec.MMIO_QUEUE_SEL, index)
-        assert self.read(spec.MMIO_QUEUE_READY) == 0, f"queue {index} is in use"
+        self.select_queue(index)
+        assert not self.queue_ready, f"queue {index} is in use"
         self.place(size, ring.desc, ring.avail, ring.used)
-        self.write(spec.MMIO_QUEUE_READY, 1)
+        self.enable_queue()
         return ring
 
     def driver_ok(self) -> None:
         """Step 8."""
         self.status = self.status | spec.DRIVER_OK
 
-    # ---- single registers ----------------------------------------------------------------------
+    @property
+    def needs_reset(self) -> bool:
+        """Whether the device reports DEVICE_NEEDS_RESET."""
+        return bool(self.status & spec.DEVICE_NEEDS_RESET)
+
+    def config(self, offset: int, size: int) -> int:
+        """A field of 1, 2, 4 or 8 bytes; the last in two loads, repeated until consistent (2.5.1)."""
+        if size <= 4:
+            return self.load_config(offset, size)
+        while True:
+            before = self.generation()
+            value = self.load_config(offset, 4) | self.load_config(offset + 4, 4) << 32
+            if self.generation() == before:
+                return value
+
+    # ---- the transport's registers ---------------------------------------------------------------
+
+    @property
+    @abc.abstractmethod
+    def status(self) -> int:
+        """The device status field."""
+
+    @status.setter
+    @abc.abstractmethod
+    def status(self, value: int) -> None: ...
+
+    @abc.abstractmethod
+    def offered(self, words: int = 4) -> int:
+        """The features the device offers, of ``32 * words`` bits."""
+
+    @abc.abstractmethod
+    def accept(self, features: int, words: int = 4) -> None:
+        """Write the features the driver accepts."""
+
+    @abc.abstractmethod
+    def select_queue(self, index: int) -> None:
+        """The queue the following calls are about."""
+
+    @abc.abstractmethod
+    def queue_size_max(self, index: int) -> int:
+        """Select a queue; its largest size, 0 when there is none."""
+
+    @abc.abstractmethod
+    def place(self, size: int, desc: int, driver: int, device: int) -> None:
+        """Write size and addresses of the selected queue."""
+
+    @abc.abstractmethod
+    def enable_queue(self) -> None:
+        """Enable the selected queue."""
+
+    @property
+    @abc.abstractmethod
+    def queue_ready(self) -> int:
+        """Whether the selected queue is enabled."""
+
+    @abc.abstractmethod
+    def notify(self, index: int) -> None:
+        """Notify a queue, asked for or not."""
+
+    @abc.abstractmethod
+    def interrupt_status(self) -> int:
+        """What is pending: bit 0 used buffers, bit 1 configuration. PCI clears it by this."""
+
+    @abc.abstractmethod
+    def generation(self) -> int:
+        """The configuration generation."""
+
+    @abc.abstractmethod
+    def load_config(self, offset: int, size: int) -> int:
+        """One load from the configuration."""
+
+    @abc.abstractmethod
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        """Store to a field of the configuration."""
+
+
+class MmioDriver(VirtioDriver):
+    """The driver of one virtio-mmio device at ``base`` (4.2.3).
+
+    ::
+
+        driver = MmioDriver(device.bus, device.base, GuestRam(device.memory))
+    """
+
+    def __init__(self, bus: Bus, base: int, ram: GuestRam) -> None:
+        super().__init__(ram)
+        self._bus = bus
+        self._base = base
+
+    @classmethod
+    def of(cls, device: _Plugged) -> MmioDriver:
+        """A driver for a device from :func:`qvmcore.testing.fakes.plug`."""
+        return cls(device.bus, device.base, GuestRam(device.memory))
 
     def read(self, register: int) -> int:
         """Load a control register."""
@@ -121,11 +228,6 @@ class MmioDriver:
     def status(self, value: int) -> None:
         self.write(spec.MMIO_STATUS, value)
 
-    @property
-    def needs_reset(self) -> bool:
-        """Whether the device reports DEVICE_NEEDS_RESET."""
-        return bool(self.status & spec.DEVICE_NEEDS_RESET)
-
     def offered(self, words: int = 4) -> int:
         """The features the device offers, of ``32 * words`` bits."""
         bits = 0
@@ -141,9 +243,13 @@ class MmioDriver:
             self.write(spec.MMIO_DRIVER_FEATURES_SEL, word)
             self.write(spec.MMIO_DRIVER_FEATURES, features >> 32 * word & 0xFFFFFFFF)
 
+    def select_queue(self, index: int) -> None:
+        """QueueSel."""
+        self.write(spec.MMIO_QUEUE_SEL, index)
+
     def queue_size_max(self, index: int) -> int:
         """QueueSizeMax of a queue; 0 when there is none."""
-        self.write(spec.MMIO_QUEUE_SEL, index)
+        self.select_queue(index)
         return self.read(spec.MMIO_QUEUE_SIZE_MAX)
 
     def place(self, size: int, desc: int, driver: int, device: int) -> None:
@@ -156,6 +262,15 @@ class MmioDriver:
         ):
             self.write(low, address & 0xFFFFFFFF)
             self.write(low + 4, address >> 32)
+
+    def enable_queue(self) -> None:
+        """QueueReady 1."""
+        self.write(spec.MMIO_QUEUE_READY, 1)
+
+    @property
+    def queue_ready(self) -> int:
+        """QueueReady."""
+        return self.read(spec.MMIO_QUEUE_READY)
 
     def notify(self, index: int) -> None:
         """Notify a queue, asked for or not."""
@@ -175,15 +290,9 @@ class MmioDriver:
         """ConfigGeneration."""
         return self.read(spec.MMIO_CONFIG_GENERATION)
 
-    def config(self, offset: int, size: int) -> int:
-        """A field of 1, 2, 4 or 8 bytes; the last in two loads, repeated until consistent (2.5.1)."""
-        if size <= 4:
-            return self._bus.read(self._base + spec.MMIO_CONFIG + offset, size)
-        while True:
-            before = self.generation()
-            value = self.config(offset, 4) | self.config(offset + 4, 4) << 32
-            if self.generation() == before:
-                return value
+    def load_config(self, offset: int, size: int) -> int:
+        """One load from the configuration."""
+        return self._bus.read(self._base + spec.MMIO_CONFIG + offset, size)
 
     def write_config(self, offset: int, size: int, value: int) -> None:
         """Store to a field of the configuration."""

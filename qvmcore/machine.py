@@ -75,7 +75,9 @@ class Machine:
         slots = []
         for vdev_spec in spec.vdevs:
             vdev_class = host.vdev_class(vdev_spec.type)
-            slot = VdevSlot(vdev_spec, vdev_class, machine.plan, machine.end, machine.press_power_button)
+            slot = VdevSlot(
+                vdev_spec, vdev_class, machine.plan, machine.end, machine.press_power_button, spec.name
+            )
             slot.adopt(host.create_vdev(vdev_spec, vdev_class, slot))
             slots.append(slot)
         machine.slots = tuple(slots)

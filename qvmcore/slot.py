@@ -65,10 +65,12 @@ class VdevSlot:
         plan: TerminationPlan,
         end: Callable[[GuestEnd], None],
         button: Callable[[], None],
+        machine: str = "",
     ) -> None:
         self.spec = spec
         self.cls = cls
         self.name = spec.name
+        self.machine = machine
         self.base_dir = spec.base_dir.absolute()
         self.memory = GuestMemory()
         self.log = logging.LoggerAdapter(logging.getLogger(f"qvm.vdev.{spec.type}"), {"vdev": spec.name})

@@ -63,6 +63,8 @@ class VdevContext(Protocol):
     """Every power a vdev has, handed in: no globals, no environment, no signal handlers."""
 
     name: str
+    #: The VM's name, ``system.name`` of the VM file.
+    machine: str
     memory: GuestMemory
     log: logging.LoggerAdapter[logging.Logger]
     #: Where relative host paths in the options start: the directory of the VM file.

@@ -72,6 +72,7 @@ class FakeContext:
 
     def __init__(self, name: str, memory: GuestMemory, irqs: int, base_dir: Path = Path()) -> None:
         self.name = name
+        self.machine = "test"
         self.memory = memory
         self.base_dir = base_dir
         self.log = logging.LoggerAdapter(logging.getLogger("qvm.vdev.test"), {"vdev": name})

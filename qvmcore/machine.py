@@ -194,6 +194,8 @@ class Machine:
                 return GuestEnd(Reason.SIGQUIT, "power cut by SIGQUIT")
             if event == "SIGUSR1":
                 self._log_status()
+            elif event == "SIGUSR2":
+                log.warning("SIGUSR2: this qvm cannot dump a guest; the guest goes on")
             elif deadline is not None:
                 return GuestEnd(Reason.POWER_CUT, f"power cut by a second {event}")
             elif self._button():

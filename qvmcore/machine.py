@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ log = logging.getLogger("qvm")
 VCPU_STOP_TIMEOUT = 2.0
 #: Seconds all on_button() methods together may take.
 BUTTON_TIMEOUT = 1.0
+#: Seconds after which a thread that computes lets another one run.
+SWITCH_INTERVAL = 0.0005
 #: Seconds between two looks for hung register handlers.
 WATCH_PERIOD = 1.0
 
@@ -100,6 +103,8 @@ class Machine:
 
         Raises QvmError when the VM could not be started; everything opened is released by then.
         """
+        # A busy worker may hold up a vCPU's register access for one interval: 5 ms is too long.
+        sys.setswitchinterval(SWITCH_INTERVAL)
         with SignalEvents(self._events.put):
             engine = self._engine()
             end = GuestEnd(Reason.HOST_ERROR, "not started")
@@ -191,6 +196,8 @@ class Machine:
                 return GuestEnd(Reason.SIGQUIT, "power cut by SIGQUIT")
             if event == "SIGUSR1":
                 self._log_status()
+            elif event == "SIGUSR2":
+                log.warning("SIGUSR2: this qvm cannot dump a guest; the guest goes on")
             elif deadline is not None:
                 return GuestEnd(Reason.POWER_CUT, f"power cut by a second {event}")
             elif self._button():

@@ -49,8 +49,8 @@ class MemoryRegion:
             return
         os.close(self.fd)
         self.fd = -1
-        self.view.release()
         try:
+            self.view.release()
             self._map.close()
         except BufferError:
             # A worker that could not be stopped still holds a view; the pages go with the process.

@@ -1,7 +1,8 @@
 """Signals as events (floor 8): handlers only put a name into the machine's queue.
 
 SIGTERM, SIGINT and SIGHUP press the power button, a second one cuts the power; SIGQUIT cuts it at
-once; SIGUSR1 logs the status. SIGPIPE stays ignored as Python sets it.
+once; SIGUSR1 logs the status; SIGUSR2, QNX's guest dump, is refused in the log. SIGPIPE stays ignored
+as Python sets it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,14 @@ import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
-HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+HANDLED = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
 
 
 class SignalEvents:

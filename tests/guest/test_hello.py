@@ -46,9 +46,9 @@ EXPECTED = [
 
 @pytest.fixture(scope="session")
 def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new virtual environment with wheels of the core, what a guest needs, and hello."""
+    """A new virtual environment with the wheels of everything, and hello."""
     folder = tmp_path_factory.mktemp("wheels")
-    names = ["", "plugins/chardev", "plugins/primecell", "plugins/virtio_console", "plugins/emulator"]
+    names = ["", *sorted(f"plugins/{path.parent.name}" for path in ROOT.glob("plugins/*/pyproject.toml"))]
     for name in [*names, "examples/qvm_hello"]:
         source = [sys.executable, "-m", "build", "-q", "--wheel", "--no-isolation", "-o", str(folder)]
         built = subprocess.run([*source, str(ROOT / name)], capture_output=True, text=True)

@@ -488,6 +488,7 @@ def test_sigusr1_logs_the_status_and_the_vm_goes_on(tmp_path: Path, caplog: pyte
                 logged.set()
 
     def script(guest: ScriptedGuest) -> None:
+        os.kill(os.getpid(), signal.SIGUSR2)
         os.kill(os.getpid(), signal.SIGUSR1)
         assert logged.wait(10)
         guest.power_off()
@@ -500,3 +501,4 @@ def test_sigusr1_logs_the_status_and_the_vm_goes_on(tmp_path: Path, caplog: pyte
     logger.removeHandler(watch)
     assert outcome.code == 0
     assert "status() raised RuntimeError: no status" in caplog.text
+    assert "SIGUSR2: this qvm cannot dump a guest" in caplog.text

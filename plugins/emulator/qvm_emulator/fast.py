@@ -45,7 +45,7 @@ class FastCpu(Cpu):
 
     def __init__(self, wiring: Wiring) -> None:
         super().__init__(wiring)
-        self.internals = Internals(self.uc, metadata.version("unicorn"))
+        self.internals = Internals(self.uc, metadata.version("unicorn"), wiring.failed)
         self._flush = False
         self._kicked = False
         self._patch_caches()

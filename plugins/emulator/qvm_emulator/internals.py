@@ -132,8 +132,9 @@ def _layout(version: str) -> Layout:
 class Internals:
     """Handles into one ``unicorn.Uc``; it must outlive this object. vCPU thread unless said otherwise."""
 
-    def __init__(self, uc: Any, version: str) -> None:
+    def __init__(self, uc: Any, version: str, failed: Callable[[BaseException], None]) -> None:
         layout = _layout(version)
+        self._failed = failed  # told about an exception out of a register's handler
         self._uc = int(uc._uch.value)
         cpu = _pointer(self._uc + layout.uc_cpu)
         if not cpu or _pointer(cpu + layout.cpu_env_ptr) != cpu + layout.cpu_env:
@@ -211,18 +212,25 @@ class Internals:
     def patch_register(
         self, register: SystemRegister, write: Callable[[int], None], read: Callable[[], int] | None = None
     ) -> None:
-        """Have ``register`` call Python. ``write(value)`` and ``read()`` must not raise."""
-        info = self._find(register)
+        """Have ``register`` call ``write(value)`` and, when given, ``read()``."""
+        info, failed = self._find(register), self._failed
 
         def on_write(_env: int, _info: int, value: int) -> None:
-            write(value)
+            try:
+                write(value)
+            except BaseException as error:  # nothing may unwind into the translated code
+                failed(error)
 
         self._set_pointer(info + _REG_WRITEFN, _WRITE(on_write))
         if read is not None:
             get = read
 
             def on_read(_env: int, _info: int) -> int:
-                return get()
+                try:
+                    return get()
+                except BaseException as error:  # nothing may unwind into the translated code
+                    failed(error)
+                    return 0
 
             self._set_pointer(info + _REG_READFN, _READ(on_read))
         kind = ctypes.c_uint32.from_address(info + _REG_TYPE)

@@ -73,6 +73,7 @@ class SafeCpu(Cpu):
 
     def __init__(self, wiring: Wiring) -> None:
         super().__init__(wiring)
+        self.sleep_limit = _FIRST_SLEEP_NS
         self._irq = False
         self._flush = False  # everything translated must be forgotten before the next instruction
         self._after_flush = False  # this slice is the first few instructions after that

@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, cast
-
 from qvm_emulator.cpu import Wiring
 from qvm_emulator.timer import TimerChannel
-from qvmcore.api import GuestMemory, MemoryRegion
-
-
-@dataclass(frozen=True, slots=True)
-class _Spec:
-    """What a memory region is made from; the core's own type is not part of its plugin API."""
-
-    start: int
-    size: int
-    rom: bool = False
-
-    @property
-    def end(self) -> int:
-        return self.start + self.size
+from qvmcore.api import GuestMemory, MemorySpec
 
 
 def scratch_memory(start: int, size: int) -> GuestMemory:
     """``size`` zeroed bytes of guest memory at ``start``."""
-    return GuestMemory([MemoryRegion(cast(Any, _Spec(start, size)))])
+    return GuestMemory.allocate([MemorySpec(start, size)])
 
 
 def scratch_wiring(memory: GuestMemory) -> Wiring:

@@ -10,6 +10,7 @@ import pytest
 from qvm_emulator.cpu import Cpu
 from qvm_emulator.psci import Function
 from qvm_emulator.selftest import problems
+from qvm_emulator.timer import TimerChannel
 from qvm_emulator.trial import run_trial
 
 from qvmcore.api import CpuEntry, EngineError, IntrSpec, Reason
@@ -196,6 +197,19 @@ def test_exception_in_a_handler_ends_the_guest(bench: Any, caplog: pytest.LogCap
     assert bench.ends[0].reason is Reason.HOST_ERROR
     assert "broken device" in bench.ends[0].message
     assert "broken device" in caplog.text
+
+
+def test_exception_in_a_system_register_ends_the_guest(
+    cpu_class: type[Cpu], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_timer: TimerChannel, _value: int) -> None:
+        raise RuntimeError("broken timer")
+
+    monkeypatch.setattr(TimerChannel, "write_control", broken)
+    result = run_trial(cpu_class, loops=10, patches=1)
+    assert result.end is not None
+    assert result.end.reason is Reason.HOST_ERROR
+    assert "broken timer" in result.end.message
 
 
 def test_handler_may_end_the_guest_from_the_vcpu_thread(bench: Any) -> None:

@@ -273,8 +273,17 @@ class MmioDriver(VirtioDriver):
         return self.read(spec.MMIO_QUEUE_READY)
 
     def notify(self, index: int) -> None:
-        """Notify a queue, asked for or not."""
+        """Notify a queue, asked for or not; with NOTIFICATION_DATA, of its ring's position (4.2.3.3)."""
+        if self.features >> spec.VIRTIO_F_NOTIFICATION_DATA & 1 and index < len(self.queues):
+            index |= self.queues[index].position << 16
         self.write(spec.MMIO_QUEUE_NOTIFY, index)
+
+    def reset_queue(self, index: int) -> None:
+        """Reset one queue (2.6.1) and check that it is reset; :meth:`setup_queue` sets it up again."""
+        self.write(spec.MMIO_QUEUE_SEL, index)
+        self.write(spec.MMIO_QUEUE_RESET, 1)
+        assert self.read(spec.MMIO_QUEUE_RESET) == 0, f"the reset of queue {index} does not end"
+        assert self.read(spec.MMIO_QUEUE_READY) == 0, f"queue {index} is ready after its reset"
 
     def interrupt_status(self) -> int:
         """InterruptStatus."""

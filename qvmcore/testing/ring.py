@@ -231,6 +231,11 @@ class SplitDriver:
         self.write16(self.avail + 4 + 2 * self.size, value & 0xFFFF)
 
     @property
+    def position(self) -> int:
+        """What a notification tells with NOTIFICATION_DATA (2.9): the available index."""
+        return self.published
+
+    @property
     def avail_event(self) -> int:
         """The avail_event field (2.7.10)."""
         return self.read16(self.used + 4 + 8 * self.size)

@@ -44,6 +44,9 @@ class Echo(VirtioVdev):
     def on_activate(self, features: int) -> None:
         self.lives.append("active")
 
+    def on_queue_reset(self, index: int) -> None:
+        self.lives.append(f"queue {index} reset")
+
     def on_deactivate(self) -> None:
         self.scratch = bytes(4)
         self.lives.append("inactive")

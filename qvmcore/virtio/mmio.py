@@ -42,7 +42,8 @@ class MmioTransport:
         self._line: IrqLine | None = None
         self._reads = self._read_table()
         self._writes = self._write_table()
-        self._state.attach(self)
+        # QueueNotify has 32 bits, so it can carry the position too (4.2.3.3).
+        self._state.attach(self, 1 << spec.VIRTIO_F_NOTIFICATION_DATA)
 
     def handler(self) -> MmioHandler:
         """What the window is bound to."""
@@ -113,6 +114,7 @@ class MmioTransport:
             spec.MMIO_QUEUE_READY: self._queue_ready,
             spec.MMIO_INTERRUPT_STATUS: lambda: self._interrupts,
             spec.MMIO_STATUS: lambda: state.status,
+            spec.MMIO_QUEUE_RESET: lambda: int(state.queue_resetting(self._queue)),
             spec.MMIO_CONFIG_GENERATION: lambda: state.config.generation & _ALL,
         }
         # No shared memory region exists: length -1 and base all ones (4.2.2, SHMLenLow).
@@ -135,6 +137,7 @@ class MmioTransport:
             spec.MMIO_QUEUE_SIZE: self._queue_field("size", 0),
             spec.MMIO_QUEUE_READY: lambda value: state.write_queue_ready(self._queue, value),
             spec.MMIO_QUEUE_NOTIFY: state.notify,
+            spec.MMIO_QUEUE_RESET: self._queue_reset,
             spec.MMIO_INTERRUPT_ACK: self._acknowledge,
             spec.MMIO_STATUS: state.write_status,
             spec.MMIO_QUEUE_DESC_LOW: self._queue_field("desc", 0),
@@ -146,12 +149,12 @@ class MmioTransport:
         }
 
     def _queue_field(self, name: str, shift: int) -> Callable[[int], None]:
-        """Writes 32 bits of a queue parameter, while the queue may be set up (4.2.2.2)."""
+        """Writes 32 bits of a queue parameter, while the queue may be set up (4.2.2.2, 2.6.1.2)."""
         keep = ~(_ALL << shift)
 
         def write(value: int) -> None:
             setup = self._state.setup(self._queue)
-            if setup is not None and not setup.ready and self._state.configurable:
+            if setup is not None and self._state.queue_configurable(self._queue):
                 setattr(setup, name, getattr(setup, name) & keep | value << shift)
 
         return write
@@ -163,6 +166,10 @@ class MmioTransport:
     def _queue_ready(self) -> int:
         setup = self._state.setup(self._queue)
         return int(setup.ready) if setup is not None else 0
+
+    def _queue_reset(self, value: int) -> None:
+        if value == 1:
+            self._state.reset_queue(self._queue)
 
     def _select_device_word(self, value: int) -> None:
         self._device_word = value

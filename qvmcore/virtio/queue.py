@@ -73,5 +73,11 @@ class Virtqueue(abc.ABC):
         """How many chains the driver offers that were not popped yet; changes nothing. 0 if dead."""
 
     @abc.abstractmethod
+    def reached(self, position: int) -> bool:
+        """Whether everything was popped up to the position a driver notifies of (2.9, next_off and
+        next_wrap as one 16-bit number). Any thread, so only a hint. False when dead.
+        """
+
+    @abc.abstractmethod
     def counters(self) -> dict[str, int]:
         """``popped``, ``pushed`` and ``interrupts`` since the activation; any thread."""

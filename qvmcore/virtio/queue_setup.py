@@ -14,10 +14,14 @@ class QueueSetup:
     """Size in entries and the three guest-physical addresses, as the driver last wrote them.
 
     ``size_max`` is what the device offers. What is written is checked when the queue is enabled,
-    so half-written addresses do no harm. vCPU threads only, under the state's control lock.
+    so half-written addresses do no harm. ``resetting`` is what the driver reads while a reset of
+    this queue alone is under way, ``reopened`` that it may be set up again after one (2.6.1).
+    vCPU threads only, under the state's control lock.
     """
 
-    __slots__ = ("_rings", "desc", "device", "driver", "ready", "size", "size_max")
+    __slots__ = (
+        "_rings", "desc", "device", "driver", "ready", "reopened", "resetting", "size", "size_max",
+    )  # fmt: skip
 
     def __init__(self, size_max: int) -> None:
         self.size_max = size_max
@@ -27,7 +31,7 @@ class QueueSetup:
         """Forget everything the driver wrote."""
         self.size = self.size_max
         self.desc = self.driver = self.device = 0
-        self.ready = False
+        self.ready = self.resetting = self.reopened = False
         self._rings: SplitRings | None = None
 
     def enable(self, memory: GuestMemory) -> None:

@@ -239,6 +239,10 @@ class SplitQueue(Virtqueue):
         """See :attr:`Virtqueue.pending`; a nonsensical index counts as a full ring until it is popped."""
         return 0 if self._dead else min((self._avail[1] - self._last) & 0xFFFF, self.size)
 
+    def reached(self, position: int) -> bool:
+        """See :meth:`Virtqueue.reached`; the position is the available index."""
+        return not self._dead and self._last & 0xFFFF == position
+
     def counters(self) -> dict[str, int]:
         """See :meth:`Virtqueue.counters`."""
         return {"popped": self._last, "pushed": self._pushed, "interrupts": self._interrupts}

@@ -42,7 +42,12 @@ if TYPE_CHECKING:
 QUIESCE_TIMEOUT = 1.0
 
 #: Feature bits every device has, because the core implements them.
-CORE_FEATURES = 1 << spec.VIRTIO_F_VERSION_1 | 1 << spec.VIRTIO_F_EVENT_IDX | 1 << spec.VIRTIO_F_INDIRECT_DESC
+CORE_FEATURES = (
+    1 << spec.VIRTIO_F_VERSION_1
+    | 1 << spec.VIRTIO_F_EVENT_IDX
+    | 1 << spec.VIRTIO_F_INDIRECT_DESC
+    | 1 << spec.VIRTIO_F_RING_RESET
+)
 
 #: 32-bit feature words a driver may select; the standard allots bits up to 127 (2.2).
 FEATURE_WORDS = 32
@@ -59,6 +64,7 @@ class VirtioState:
         #: The driver's view of ``config_space()``, for transports.
         self.config = ConfigSnapshot(lambda: vdev.config_space())
         self._transport: Transport = NoTransport()
+        self._transport_features = 0
         self._control = threading.RLock()
         self._lock = threading.Lock()
         self._status = 0
@@ -129,9 +135,14 @@ class VirtioState:
 
     # ---- for transports: set-up -----------------------------------------------------------
 
-    def attach(self, transport: Transport) -> None:
-        """Connect the one transport, before the guest starts; allocates the doorbells."""
+    def attach(self, transport: Transport, features: int = 0) -> None:
+        """Connect the one transport, before the guest starts; allocates the doorbells.
+
+        ``features`` are those the transport adds to the offer: NOTIFICATION_DATA when it passes
+        all 32 bits of a notification to :meth:`notify`.
+        """
         self._transport = transport
+        self._transport_features = features
         self._doorbells = tuple(EventFd() for _ in self._setups)
         ctx = self._vdev.ctx
         ctx.on_terminate(self._stop_dma, phase=Phase.STOP_DMA, deadline=QUIESCE_TIMEOUT + 1.0)
@@ -144,8 +155,8 @@ class VirtioState:
 
     @property
     def offered(self) -> int:
-        """The features offered: the device's own and the core's."""
-        return self._vdev.device_features() | CORE_FEATURES
+        """The features offered: the device's own, the core's and the transport's."""
+        return self._vdev.device_features() | CORE_FEATURES | self._transport_features
 
     # ---- for transports: registers, on vCPU threads ---------------------------------------
 
@@ -197,8 +208,20 @@ class VirtioState:
         """Whether queues may be set up: between FEATURES_OK and DRIVER_OK (3.1.1 step 7)."""
         return self._status & (spec.FEATURES_OK | spec.DRIVER_OK | spec.FAILED) == spec.FEATURES_OK
 
+    def queue_configurable(self, index: int) -> bool:
+        """Whether the driver may set this queue up: during set-up, or after a reset of it (2.6.1.2)."""
+        setup = self.setup(index)
+        if setup is None or setup.ready:
+            return False
+        return self.configurable or (setup.reopened and self.active)
+
+    def queue_resetting(self, index: int) -> bool:
+        """What the driver reads while it waits for a reset of one queue (4.1.4.3.1, 4.2.2.1)."""
+        setup = self.setup(index)
+        return setup is not None and setup.resetting
+
     def write_queue_ready(self, index: int, value: int) -> None:
-        """1 checks and enables a queue during set-up, 0 stops it and waits until it is quiet.
+        """1 checks and enables a queue during set-up or after its reset, 0 stops it and waits for it.
 
         An unusable queue stays at 0 and puts the device into DEVICE_NEEDS_RESET.
         """
@@ -207,11 +230,15 @@ class VirtioState:
             if setup is None:
                 return
             if value & 1:
-                if self.configurable and not setup.ready:
+                if self.queue_configurable(index):
                     try:
                         setup.enable(self._vdev.ctx.memory)
                     except GuestError as error:
                         self.needs_reset(type(error)(f"queue {index}: {error}"))
+                        return
+                    if self._activated:
+                        self._make_queue(index, setup)
+                        self._serve_queue(index)
                 return
             queue = self._queues[index]
             if queue is not None and setup.ready:
@@ -220,9 +247,42 @@ class VirtioState:
                     return
             setup.ready = False
 
-    def notify(self, index: int) -> None:
-        """The driver notified a queue. A number without a queue, or before DRIVER_OK: ignored (2.1.2)."""
-        self.kick(index)
+    def reset_queue(self, index: int) -> None:
+        """The driver resets one queue (2.6.1); waits for the worker, bounded. Others go on.
+
+        The queue is then as before its set-up, and may be set up again. Without RING_RESET, or for a
+        number without a queue, nothing happens. When the worker does not come, the reset never
+        completes and the device is lost, as with :meth:`reset`.
+        """
+        with self._control:
+            setup = self.setup(index)
+            negotiated = self._features >> spec.VIRTIO_F_RING_RESET & 1
+            if setup is None or not negotiated or self._hung or self._ended:
+                return
+            setup.resetting = True
+            queue = self._queues[index]
+            if queue is not None:
+                queue.kill()
+                if not self._quiesce(partial(self._vdev.on_queue_reset, index)):
+                    return
+                with self._lock:
+                    self._queues[index] = None
+            setup.reset()
+            setup.reopened = self._activated
+
+    def notify(self, value: int) -> None:
+        """The driver notified: ``value`` is what it wrote, the number of a queue and, with
+        NOTIFICATION_DATA, the position it filled the ring up to in the upper 16 bits (2.9).
+
+        A number without a queue, or before DRIVER_OK: ignored (2.1.2).
+        """
+        if self._features >> spec.VIRTIO_F_NOTIFICATION_DATA & 1:
+            position, value = value >> 16, value & 0xFFFF
+            queue = self._queues[value] if value < len(self._queues) else None
+            if queue is not None and queue.reached(position):
+                # The worker took it while it was busy with what came before: no need to wake it.
+                return
+        self.kick(value)
 
     def write_config(self, offset: int, size: int, value: int) -> None:
         """The driver writes the device configuration; dropped unless wholly inside it."""
@@ -275,14 +335,7 @@ class VirtioState:
         vdev = self._vdev
         for index, setup in enumerate(self._setups):
             if setup.ready:
-                self._queues[index] = setup.make(
-                    index,
-                    vdev.ctx.memory,
-                    self._features,
-                    partial(self._transport.interrupt_queue, index),
-                    self.needs_reset,
-                    self._doorbells[index].signal,
-                )
+                self._make_queue(index, setup)
         with self._lock:
             self._status |= spec.DRIVER_OK
             self._activated = self._touched = True
@@ -291,11 +344,31 @@ class VirtioState:
         except Exception as error:
             self.needs_reset(error)
             raise
-        for index, doorbell in enumerate(self._doorbells):
-            if self._queues[index] is not None:
-                vdev.ctx.worker.watch(doorbell.fd, self._server(index))
-                # Buffers offered before DRIVER_OK came without a notification.
-                doorbell.signal()
+        for index, queue in enumerate(self._queues):
+            if queue is not None:
+                self._serve_queue(index)
+
+    def _make_queue(self, index: int, setup: QueueSetup) -> None:
+        queue = setup.make(
+            index,
+            self._vdev.ctx.memory,
+            self._features,
+            partial(self._transport.interrupt_queue, index),
+            self.needs_reset,
+            self._doorbells[index].signal,
+        )
+        with self._lock:
+            self._queues[index] = queue
+            if self._status & (spec.DEVICE_NEEDS_RESET | spec.FAILED):
+                # The device broke while the driver was setting this queue up again.
+                queue.kill()
+
+    def _serve_queue(self, index: int) -> None:
+        """Have the worker listen to a queue."""
+        doorbell = self._doorbells[index]
+        self._vdev.ctx.worker.watch(doorbell.fd, self._server(index))
+        # Buffers offered before this came without a notification.
+        doorbell.signal()
 
     def _server(self, index: int) -> Callable[[], None]:
         """What the worker does for a ring of the doorbell: drain the queue, then one notification."""

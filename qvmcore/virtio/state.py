@@ -169,6 +169,10 @@ class VirtioState:
         """Offered feature bits ``32 * word`` to ``32 * word + 31``; 0 beyond the last."""
         return self.offered >> 32 * word & 0xFFFFFFFF if word < FEATURE_WORDS else 0
 
+    def driver_features(self, word: int) -> int:
+        """What the driver accepted of these 32 bits so far; 0 beyond the last word."""
+        return self._driver_features >> 32 * word & 0xFFFFFFFF if word < FEATURE_WORDS else 0
+
     def write_driver_features(self, word: int, value: int) -> None:
         """The driver accepts these 32 bits. Without effect after FEATURES_OK, which took a copy (2.2)."""
         with self._control:

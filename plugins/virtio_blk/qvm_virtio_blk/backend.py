@@ -12,20 +12,36 @@ import os
 from collections.abc import Sequence
 from typing import Protocol
 
+from qvm_virtio_blk.holes import Holes
+
 #: Most buffers of one preadv or pwritev call.
 IOV_MAX = os.sysconf("SC_IOV_MAX")
 
 
 class Backend(Protocol):
-    """A disk of ``size`` bytes. Ranges must lie inside it; the request parser sees to that."""
+    """A disk of ``size`` bytes. Ranges must lie inside it; the request parser sees to that.
+
+    ``can_discard`` tells whether blocks can be given back, in pieces of ``granularity`` bytes.
+    """
 
     size: int
+    can_discard: bool
+    granularity: int
+
+    def measure(self) -> int:
+        """The size in bytes now: somebody may have changed it. Cheap; does not touch ``size``."""
 
     def read(self, offset: int, length: int, views: Sequence[memoryview]) -> None:
         """Fill ``views``, ``length`` bytes in all, from ``offset``. Raises OSError."""
 
     def write(self, offset: int, length: int, views: Sequence[memoryview], *, durable: bool = False) -> None:
         """Store ``views`` at ``offset``; when ``durable``, on stable storage. Raises OSError."""
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give the blocks of the range back if possible; its contents are undefined. Raises OSError."""
+
+    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        """Have the range read as zeros, as a hole if ``unmap`` and possible. Raises OSError."""
 
     def flush(self) -> None:
         """Return once everything written is on stable storage. Raises OSError."""
@@ -40,8 +56,15 @@ class FileBackend:
     def __init__(self, fd: int, size: int) -> None:
         self.size = size
         self._fd = fd
+        self._holes = Holes(fd, size)
+        self.can_discard = self._holes.can_discard
+        self.granularity = self._holes.granularity
         # Once the kernel says that the file cannot do a write of its own durability, never ask again.
         self._dsync = os.RWF_DSYNC
+
+    def measure(self) -> int:
+        """See Backend. Works for block devices too, and there it is what BLKGETSIZE64 says."""
+        return os.lseek(self._fd, 0, os.SEEK_END)
 
     def read(self, offset: int, length: int, views: Sequence[memoryview]) -> None:
         """See Backend."""
@@ -77,6 +100,14 @@ class FileBackend:
                 self.write(offset, length, views, durable=True)
                 return
 
+    def discard(self, offset: int, length: int) -> None:
+        """See Backend."""
+        self._holes.discard(self._fd, offset, length)
+
+    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        """See Backend."""
+        self._holes.write_zeroes(self._fd, offset, length, unmap)
+
     def flush(self) -> None:
         """See Backend."""
         os.fdatasync(self._fd)
@@ -91,10 +122,17 @@ class FileBackend:
 class MemoryBackend:
     """A RAM disk of ``size`` zeroed bytes; gone when the VM ends. Pages cost memory once touched."""
 
+    can_discard = True
+    granularity = mmap.PAGESIZE
+
     def __init__(self, size: int) -> None:
         self.size = size
         self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._view = memoryview(self._map)
+
+    def measure(self) -> int:
+        """Nobody can change it."""
+        return self.size
 
     def read(self, offset: int, length: int, views: Sequence[memoryview]) -> None:
         """See Backend."""
@@ -112,6 +150,21 @@ class MemoryBackend:
             disk[offset:end] = view
             offset = end
 
+    def discard(self, offset: int, length: int) -> None:
+        """Give whole pages back; they read as zeros."""
+        start, end = _pages(offset, length)
+        if start < end:
+            self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        """See Backend."""
+        start, end = _pages(offset, length)
+        if unmap and start < end:
+            self.discard(offset, length)
+            self._view[offset:start] = bytes(start - offset)
+            offset, length = end, offset + length - end
+        self._view[offset : offset + length] = bytes(length)
+
     def flush(self) -> None:
         """There is nothing behind the memory."""
 
@@ -119,6 +172,12 @@ class MemoryBackend:
         """See Backend."""
         self._view.release()
         self._map.close()
+
+
+def _pages(offset: int, length: int) -> tuple[int, int]:
+    """The bounds of the whole pages inside of a range; no page when they cross."""
+    page = mmap.PAGESIZE
+    return -(-offset // page) * page, (offset + length) // page * page
 
 
 def _rest(views: Sequence[memoryview], skip: int) -> list[memoryview]:

@@ -1,4 +1,4 @@
-"""The virtio block device (virtio 1.4, 5.2): glue between the queue, the parser and the disk."""
+"""The virtio block device (virtio 1.4, 5.2): glue between the queues, the parser and the disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from qvm_virtio_blk import spec
 from qvm_virtio_blk.backend import Backend
 from qvm_virtio_blk.image import open_disk
 from qvm_virtio_blk.options import BlkOptions, identity
-from qvm_virtio_blk.request import Request, RequestError, parse
+from qvm_virtio_blk.request import (
+    MAX_DISCARD_SECTORS,
+    MAX_DISCARD_SEG,
+    MAX_ZEROES_SECTORS,
+    MAX_ZEROES_SEG,
+    Request,
+    RequestError,
+    parse,
+)
+from qvm_virtio_blk.session import Session, fill, reason
 from qvm_virtio_blk.stats import Stats
 from qvmcore.api import GuestEnd, Phase, VdevContext, VirtioVdev, Virtqueue
 
@@ -17,48 +26,67 @@ QUEUE_SIZE = 256
 SEG_MAX = QUEUE_SIZE - 2
 #: Seconds the last flush may take: the host may have gigabytes of dirty pages for a slow disk.
 FLUSH_DEADLINE = 30.0
+#: Seconds until a new size of the image is noticed when the guest makes no request meanwhile.
+SIZE_PERIOD = 1.0
 
 
 class VirtioBlk(VirtioVdev):
-    """A disk. Requests are served in the order the driver offers them."""
+    """A disk. Requests of a queue are served in the order the driver offers them."""
 
     vdev_type = "virtio-blk"
     summary = "a disk backed by a raw image, a block device or memory"
     Options = BlkOptions
     device_id = spec.DEVICE_ID
-    queue_sizes = (QUEUE_SIZE,)
+    queue_sizes: tuple[int, ...] = (QUEUE_SIZE,)
 
     def __init__(self, ctx: VdevContext, options: BlkOptions) -> None:
+        self.queue_sizes = (QUEUE_SIZE,) * options.queues
         super().__init__(ctx, options)
         self._disk = options.disk
         self._backend: Backend | None = None
-        self._id = identity(options, ctx.name)
-        self._seg_max = QUEUE_SIZE
         self._default_writeback = self._writeback = options.cache == "writeback"
-        self._durable = not self._writeback
         self._stats = Stats(ctx.log)
+        self._session = Session(ctx.name, identity(options, ctx.name), self._disk.readonly, self._stats)
+        #: Queues that exist: only the first one unless MQ was negotiated (5.2.2).
+        self._queues = 1
 
     def on_configured(self) -> None:
         """Open and lock the disk; its last flush comes before it is released."""
         self._backend = open_disk(self._disk, self.ctx.base_dir, self.options.block_size)
         self.ctx.on_terminate(self._last_flush, phase=Phase.FLUSH, deadline=FLUSH_DEADLINE)
 
+    def on_starting(self) -> None:
+        """From here on the image may change its size."""
+        self.ctx.worker.call_later(SIZE_PERIOD, self._watch_size)
+
     def device_features(self) -> int:
-        """5.2.3. A read-only disk has nothing to flush and no cache to switch."""
+        """5.2.3. A read-only disk has nothing to flush, no cache to switch and nothing to discard."""
         features = spec.F_SEG_MAX | spec.F_BLK_SIZE | spec.F_TOPOLOGY
+        if self.options.queues > 1:
+            features |= spec.F_MQ
         if self._disk.readonly:
             return features | spec.F_RO
-        return features | spec.F_FLUSH | spec.F_CONFIG_WCE
+        features |= spec.F_FLUSH | spec.F_CONFIG_WCE | spec.F_WRITE_ZEROES
+        if self._backend is not None and self._backend.can_discard:
+            features |= spec.F_DISCARD
+        return features
 
     def config_space(self) -> bytes:
         """struct virtio_blk_config (5.2.4)."""
         options: BlkOptions = self.options
-        capacity = self._backend.size // spec.SECTOR if self._backend is not None else 0
+        backend = self._backend
+        capacity = backend.size // spec.SECTOR if backend is not None else 0
+        writable = not self._disk.readonly
+        discard = writable and backend is not None and backend.can_discard
+        granularity = max(options.block_size, backend.granularity if backend is not None else 0)
         return spec.CONFIG.pack(
             capacity, 0, SEG_MAX, 0, 0, 0, options.block_size,
             options.physical_block_exponent, 0,
             options.min_io_size // options.block_size, options.opt_io_size // options.block_size,
-            self._writeback, 0, 1,
+            self._writeback, 0, options.queues,
+            discard * MAX_DISCARD_SECTORS, discard * MAX_DISCARD_SEG,
+            discard * granularity // spec.SECTOR,
+            writable * MAX_ZEROES_SECTORS, writable * MAX_ZEROES_SEG, discard,
         )  # fmt: skip
 
     def config_write(self, offset: int, data: bytes) -> None:
@@ -66,15 +94,18 @@ class VirtioBlk(VirtioVdev):
         legal = offset == spec.CONFIG_WRITEBACK_OFFSET and data in (b"\0", b"\1")
         if legal and self.virtio.features & spec.F_CONFIG_WCE:
             self._writeback = data == b"\1"
-            self._durable = not self._writeback
+            self._session.durable = not self._writeback
 
     def on_activate(self, features: int) -> None:
         """A driver that cannot flush gets durable writes (5.2.5.2, 5.2.6.2)."""
-        self._seg_max = SEG_MAX if features & spec.F_SEG_MAX else QUEUE_SIZE
+        session = self._session
+        session.features = features
+        session.seg_max = SEG_MAX if features & spec.F_SEG_MAX else QUEUE_SIZE
+        self._queues = self.options.queues if features & spec.F_MQ else 1
         if not features & spec.F_FLUSH:
             self._writeback = False
             self.virtio.config_changed()
-        self._durable = not self._writeback
+        session.durable = not self._writeback
 
     def on_deactivate(self) -> None:
         """The next driver starts with the configured cache mode."""
@@ -82,19 +113,22 @@ class VirtioBlk(VirtioVdev):
 
     def handle_queue(self, index: int, queue: Virtqueue) -> None:
         """Serve everything offered. The hot path: one pass, no allocation but the request."""
-        backend = self._backend
+        if index >= self._queues:
+            return
+        backend, session = self._backend, self._session
         assert backend is not None
-        capacity, seg_max = backend.size, self._seg_max
+        self._check_size(backend)
+        capacity, seg_max, features = backend.size, session.seg_max, session.features
         read, push = backend.read, queue.push
         reads = moved = 0
         try:
             for chain in queue:
                 written = 1
                 try:
-                    request = parse(chain, capacity, seg_max)
-                    kind, offset, length, views = request
-                    if kind == spec.T_IN:
-                        read(offset, length, views)
+                    request = parse(chain, capacity, seg_max, features)
+                    if request.kind == spec.T_IN:
+                        length = request.length
+                        read(request.offset, length, request.views)
                         reads += 1
                         moved += length
                         written = length + 1
@@ -102,14 +136,14 @@ class VirtioBlk(VirtioVdev):
                         written = self._serve(backend, request)
                     status = spec.S_OK
                 except RequestError as error:
-                    status, written = error.status, 1
-                    self._stats.failed(self.ctx.name, error.why)
+                    status = error.status
+                    self._stats.failed(session.name, error.why)
                 except OSError as error:
-                    status, written = spec.S_IOERR, 1
-                    self._stats.failed(self.ctx.name, f"host: {error.strerror or error}")
+                    status = spec.S_IOERR
+                    self._stats.failed(session.name, reason(error))
+                # As answer() does, without the call.
                 last = chain.writers[-1]
                 last[len(last) - 1] = status
-                # "written" counts from the first byte on: a status behind untouched room is not in it.
                 push(chain, written if written == chain.writable else 0)
         finally:
             self._stats.reads += reads
@@ -117,24 +151,51 @@ class VirtioBlk(VirtioVdev):
 
     def _serve(self, backend: Backend, request: Request) -> int:
         """Everything but a read; returns the bytes written into the chain, the status included."""
-        kind, offset, length, views = request
-        if kind == spec.T_OUT:
-            if self._disk.readonly:
-                raise RequestError(spec.S_IOERR, "write to a read-only disk")
-            backend.write(offset, length, views, durable=self._durable)
-            self._stats.writes += 1
-            self._stats.bytes_written += length
-            return 1
+        kind, offset, length, views, segments = request
+        session, stats = self._session, self._stats
+        if kind == spec.T_GET_ID:
+            fill(views, session.identity)
+            return length + 1
         if kind == spec.T_FLUSH:
-            if not self._disk.readonly:
+            if not session.readonly:
                 backend.flush()
-            self._stats.flushes += 1
+            stats.flushes += 1
             return 1
-        done = 0
-        for view in views:
-            view[:] = self._id[done : done + len(view)]
-            done += len(view)
-        return done + 1
+        if session.readonly:
+            raise RequestError(spec.S_IOERR, "write to a read-only disk")
+        if kind == spec.T_OUT:
+            backend.write(offset, length, views, durable=session.durable)
+            stats.writes += 1
+            stats.bytes_written += length
+            return 1
+        for at, size, unmap in segments:
+            if kind == spec.T_DISCARD:
+                backend.discard(at, size)
+            else:
+                backend.write_zeroes(at, size, unmap)
+        if session.durable:
+            backend.flush()
+        stats.ranges(kind == spec.T_DISCARD, length)
+        return 1
+
+    def _watch_size(self) -> None:
+        """Polled: inotify says nothing about block devices and network file systems."""
+        if self._backend is not None:
+            self._check_size(self._backend)
+            self.ctx.worker.call_later(SIZE_PERIOD, self._watch_size)
+
+    def _check_size(self, backend: Backend) -> None:
+        """Tell the driver when the disk has another size now (5.2.6.2), counted in whole blocks."""
+        try:
+            size = backend.measure()
+        except OSError as error:
+            self._stats.failed(self.ctx.name, f"host: the size of the disk: {error.strerror}")
+            return
+        size -= size % self.options.block_size
+        if size != backend.size:
+            self.ctx.log.info("resized from %d to %d bytes", backend.size, size)
+            backend.size = size
+            self.virtio.config_changed()
 
     def _last_flush(self, end: GuestEnd) -> None:
         if self._backend is not None and not self._disk.readonly:
@@ -148,10 +209,12 @@ class VirtioBlk(VirtioVdev):
 
     def status(self) -> Mapping[str, object]:
         """Counters since the start, beside those of the queue."""
+        backend = self._backend
         return {
             **super().status(),
             "hostdev": self.options.hostdev,
             "readonly": self._disk.readonly,
             "writeback": self._writeback,
+            "size": backend.size if backend is not None else 0,
             **self._stats.report(),
         }

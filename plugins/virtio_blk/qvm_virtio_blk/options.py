@@ -13,6 +13,9 @@ from msgspec import Meta
 from qvm_virtio_blk.spec import ID_BYTES, SECTOR
 from qvmcore.api import Size
 
+#: Most virtqueues; a driver uses one per CPU.
+MAX_QUEUES = 16
+
 _MEMORY = re.compile(r"memory:\s*(?P<number>\d+)\s*(?P<unit>[KMGT]?)", re.IGNORECASE)
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
@@ -65,6 +68,9 @@ class BlkOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Literal["writeback", "writethrough"],
         Meta(description="writeback: durable after the guest's flush; writethrough: after every write"),
     ] = "writeback"
+    queues: Annotated[
+        int, Meta(ge=1, le=MAX_QUEUES, description="request queues the guest may use, one per CPU")
+    ] = 1
     block_size: Annotated[Size, Meta(description="logical block size, bytes: 512, 1K, 2K or 4K")] = Size(512)
     physical_block_size: Annotated[
         Size, Meta(description="physical block size, bytes: a power of two times block_size; 0: the same")

@@ -12,12 +12,15 @@ LOG_PERIOD = 10.0
 class Stats:
     """Counters of one disk. Written by the worker, read by any thread."""
 
-    __slots__ = ("_log", "_log_after", "_unlogged", "bytes_read", "bytes_written", "errors", "flushes",
-                 "reads", "writes")  # fmt: skip
+    __slots__ = (
+        "_log", "_log_after", "_unlogged", "bytes_discarded", "bytes_read", "bytes_written",
+        "bytes_zeroed", "discards", "errors", "flushes", "reads", "write_zeroes", "writes",
+    )  # fmt: skip
 
     def __init__(self, log: logging.LoggerAdapter[logging.Logger]) -> None:
         self.reads = self.writes = self.flushes = self.errors = 0
-        self.bytes_read = self.bytes_written = 0
+        self.discards = self.write_zeroes = 0
+        self.bytes_read = self.bytes_written = self.bytes_discarded = self.bytes_zeroed = 0
         self._log = log
         self._log_after = 0.0
         self._unlogged = 0
@@ -32,6 +35,15 @@ class Stats:
         more = f" ({self._unlogged} more since the last line)" if self._unlogged else ""
         self._log.warning("%s: request failed: %s%s", name, why, more)
         self._log_after, self._unlogged = now + LOG_PERIOD, 0
+
+    def ranges(self, discard: bool, length: int) -> None:
+        """Count a discard, or a write-zeroes, of ``length`` bytes in all."""
+        if discard:
+            self.discards += 1
+            self.bytes_discarded += length
+        else:
+            self.write_zeroes += 1
+            self.bytes_zeroed += length
 
     def report(self) -> dict[str, object]:
         """The counters as JSON-able values."""

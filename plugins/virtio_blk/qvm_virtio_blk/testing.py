@@ -12,13 +12,18 @@ if TYPE_CHECKING:
     from qvmcore.testing.driver import MmioDriver, Request
     from qvmcore.testing.fakes import Plugged
 
-IN, OUT, FLUSH, GET_ID = 0, 1, 4, 8
+IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2
 
 
 def header(kind: int, sector: int = 0) -> bytes:
     """struct virtio_blk_req up to the data."""
     return struct.pack("<IIQ", kind, 0, sector)
+
+
+def segment(sector: int, sectors: int, flags: int = 0) -> bytes:
+    """struct virtio_blk_discard_write_zeroes; flag 1 is unmap."""
+    return struct.pack("<QII", sector, sectors, flags)
 
 
 class Guest:
@@ -55,6 +60,10 @@ class Guest:
     def write(self, sector: int, data: bytes) -> int:
         """T_OUT in three descriptors."""
         return self.io([header(OUT, sector), data], [1])[0]
+
+    def ranges(self, kind: int, *segments: bytes) -> int:
+        """DISCARD or WRITE_ZEROES of these segments in one descriptor."""
+        return self.io([header(kind), b"".join(segments)], [1])[0]
 
     def alive(self) -> bool:
         """Whether the disk serves a good request, and its plugin never failed."""

@@ -25,7 +25,8 @@ class Wiring:
 
     ``on_input(data)``: bytes came from the host; take them all, and call ``pause_input`` when no
     more are wanted. ``on_writable()``: after ``write`` took less than it was given, there is room
-    again. ``on_resize()``: the terminal has a new size. All run on the worker thread.
+    again. ``on_resize()``: the terminal has a new size. ``on_connection(connected)``: a client came or
+    went, for the kinds that have clients (:attr:`CharSpec.has_clients`). All run on the worker thread.
     ``name`` names the vdev in messages; ``base`` is the directory relative paths start from.
     """
 
@@ -37,6 +38,7 @@ class Wiring:
     name: str
     escape: EscapeActions | None = None
     base: Path = Path()
+    on_connection: Callable[[bool], None] = lambda connected: None
 
 
 class CharDevice(Protocol):

@@ -30,6 +30,7 @@ def open_chardev(
     name: str,
     escape: EscapeActions | None = None,
     base: Path | None = None,
+    on_connection: Callable[[bool], None] = lambda connected: None,
 ) -> CharDevice:
     """Open a host device for the serial line of vdev ``name``; call it in ``on_configured``.
 
@@ -38,7 +39,9 @@ def open_chardev(
     host device cannot be opened; then nothing stays open and no terminal stays raw.
     """
     parsed = parse_spec(spec) if isinstance(spec, str) else spec
-    wiring = Wiring(worker, on_input, on_writable, on_resize, log, name, escape, base or Path())
+    wiring = Wiring(
+        worker, on_input, on_writable, on_resize, log, name, escape, base or Path(), on_connection
+    )
     match parsed.kind:
         case Kind.NULL:
             return Null()

@@ -133,10 +133,12 @@ class Pty:
         )
         client.pause_input(self._paused)
         self._client = client
+        self._wiring.on_connection(True)
 
     def _client_lost(self, client: Channel) -> None:
         if client is self._client and not self._closed:
             self._drop_client()
+            self._wiring.on_connection(False)
             self._wiring.on_writable()
             self._wiring.worker.call_later(PROBE_SECONDS, self._probe)
 

@@ -119,6 +119,7 @@ class UnixSocket:
             self._client, self._client_fd, self._half_closed = client, fd, False
             client.pause_input(self._paused)
         self._wiring.log.debug("%s: client connected", self._wiring.name)
+        self._wiring.on_connection(True)
 
     def _client_lost(self, client: Channel, error: OSError | None) -> None:
         if client is not self._client:
@@ -139,7 +140,12 @@ class UnixSocket:
             self._received += client.received
             self._ignored += client.dropped
         # What was held back for this client may go: it is dropped until the next one comes.
-        self._wiring.worker.call(self._wiring.on_writable)
+        self._wiring.worker.call(self._client_gone)
+
+    def _client_gone(self) -> None:
+        if self._client is None:
+            self._wiring.on_connection(False)
+        self._wiring.on_writable()
 
 
 def _listen(path: Path, name: str) -> socket.socket:

@@ -48,6 +48,11 @@ class CharSpec:
             return ()
         return ("standard input",) * self.reads + ("standard output",) * self.writes
 
+    @property
+    def has_clients(self) -> bool:
+        """Whether somebody connects and disconnects; the other kinds are always there."""
+        return self.kind in (Kind.PTY, Kind.UNIX)
+
 
 def parse_spec(text: str) -> CharSpec:
     """Parse a ``hostdev`` string. Raises ValueError with a sentence that lists the legal forms."""

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from multiport import MultiportDriver
+from qvm_virtio_console import spec
 from qvm_virtio_console.device import VirtioConsole
+from qvm_virtio_console.spec import Event
 
 from qvmcore.testing.abuse import VirtioAbuse
 from qvmcore.testing.driver import MmioDriver, Piece
@@ -131,6 +134,117 @@ def test_kick_after_reset_prints_nothing(
     assert _alive(device, tmp_path / "out")
 
 
+PORTS = [{"name": "log", "hostdev": ">log"}, {"name": "tty", "hostdev": "null", "console": True}]
+
+
+@pytest.fixture
+def multi(console: Console) -> MultiportDriver:
+    """A driver that has greeted a device with three ports."""
+    multi = MultiportDriver(console(hostdev=">out", ports=PORTS))
+    multi.greet()
+    return multi
+
+
+def _errors(multi: MultiportDriver) -> int:
+    return multi.device.vdev._control.errors
+
+
+@pytest.mark.parametrize("event", [*range(8, 12), 0xFFFF])
+def test_5_3_6_2_unknown_events(multi: MultiportDriver, tmp_path: Path, event: int) -> None:
+    multi.say(event, 1)
+    assert (_errors(multi), multi.listen()) == (1, [])
+    assert _alive(multi.device, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "event", [Event.DEVICE_ADD, Event.DEVICE_REMOVE, Event.CONSOLE_PORT, Event.RESIZE, Event.PORT_NAME]
+)
+def test_5_3_6_2_messages_that_only_the_device_sends(multi: MultiportDriver, event: Event) -> None:
+    multi.raw(spec.CONTROL.pack(1, event, 1) + b"evil" * 20)
+    assert (_errors(multi), multi.listen()) == (1, [])
+    assert multi.device.vdev._ports[1].name == "log" and not multi.device.vdev._ports[1].console
+
+
+@pytest.mark.parametrize("port", [3, 4, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF])
+@pytest.mark.parametrize("event", [Event.PORT_READY, Event.PORT_OPEN])
+def test_5_3_6_2_ports_at_and_beyond_the_maximum(multi: MultiportDriver, port: int, event: Event) -> None:
+    multi.say(event, port)
+    assert (_errors(multi), multi.listen()) == (1, [])
+
+
+@pytest.mark.parametrize("event", [Event.DEVICE_READY, Event.PORT_READY, Event.PORT_OPEN])
+def test_5_3_6_2_values_that_are_neither_0_nor_1(multi: MultiportDriver, event: Event) -> None:
+    for value in (2, 0x8000, 0xFFFF):
+        multi.say(event, 1, value)
+    assert (_errors(multi), multi.listen()) == (3, [])
+    assert not multi.device.vdev._ports[1].guest_open
+
+
+@pytest.mark.parametrize("size", [0, 1, 7])
+def test_5_3_6_2_control_messages_that_are_too_short(multi: MultiportDriver, size: int) -> None:
+    piece = Piece(multi.driver.ram.alloc(8), size or 8)
+    ring = multi.driver.queues[spec.CONTROL_TRANSMITQ]
+    # Of size 0 there is no descriptor: a buffer of the wrong direction carries no byte either.
+    request = ring.add_pieces([piece] if size else [], [] if size else [piece])
+    ring.kick()
+    multi.device.settle()
+    ring.reap()
+    assert request.length == 0 and _errors(multi) == 1
+
+
+def test_5_3_6_2_ready_and_open_before_the_port_was_announced(console: Console) -> None:
+    multi = MultiportDriver(console(hostdev="null", ports=PORTS))
+    multi.say(Event.PORT_READY, 1)
+    multi.say(Event.PORT_OPEN, 1)
+    assert (_errors(multi), multi.listen()) == (2, [])
+    multi.greet()
+    assert (1, Event.PORT_NAME, 1, b"log") in multi.said
+
+
+def test_5_3_6_2_a_driver_that_failed_is_told_nothing(console: Console) -> None:
+    multi = MultiportDriver(console(hostdev="null", ports=PORTS))
+    multi.say(Event.DEVICE_READY, value=0)
+    assert multi.listen() == []
+    multi.greet()
+    multi.say(Event.PORT_READY, 1, 0)
+    assert not multi.device.vdev._ports[1].ready
+
+
+def test_5_3_6_2_room_too_small_for_a_message(console: Console) -> None:
+    multi = MultiportDriver(console(hostdev="null", ports=PORTS), buffers=0)
+    multi.give(5, room=7)
+    multi.say(Event.DEVICE_READY)
+    assert multi.said == [] and _errors(multi) == 5
+    multi.give(10)
+    assert [event for _, event, _, _ in multi.listen()] == [Event.DEVICE_ADD] * 3, "nothing is lost"
+    assert not multi.driver.needs_reset
+
+
+def test_5_3_6_2_asking_forever_without_listening_stays_bounded(console: Console) -> None:
+    multi = MultiportDriver(console(hostdev="null", ports=PORTS), buffers=3)
+    multi.say(Event.DEVICE_READY)
+    assert len(multi.said) == 3
+    mark = multi.driver.ram.mark()
+    for _ in range(300):
+        for port in range(3):
+            multi.say(Event.PORT_READY, port)
+        multi.driver.ram.release(mark)
+    assert len(multi.device.vdev._control._pending) <= 3 * 4
+
+
+def test_transmit_and_control_after_reset(multi: MultiportDriver, tmp_path: Path) -> None:
+    for queue in (1, 3, 5):
+        multi.driver.queues[queue].add([spec.CONTROL.pack(1, Event.PORT_OPEN, 1)], [])
+        multi.driver.queues[queue].publish()
+    multi.driver.reset()
+    for queue in range(8):
+        multi.driver.notify(queue)
+    multi.device.settle()
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "log").read_bytes() == b""
+    assert not multi.device.vdev._ports[1].guest_open
+    assert _alive(multi.device, tmp_path / "out")
+
+
 class HostileGuest(VirtioAbuse):
     """Anything at all, over the registers and the rings."""
 
@@ -144,4 +258,12 @@ class HostileGuest(VirtioAbuse):
         assert request.length == 0
 
 
+class HostileMultiportGuest(HostileGuest):
+    """The same with control queues."""
+
+    def device(self) -> Plugged[Any]:
+        return plug(VirtioConsole, hostdev="null", ports=[{"name": "a", "hostdev": "null"}])
+
+
 TestHostileGuest = HostileGuest.TestCase
+TestHostileMultiportGuest = HostileMultiportGuest.TestCase

@@ -20,3 +20,7 @@ class TestVirtioConsole(VirtioConformance, MmioConformance, TerminationConforman
         device.settle()
         assert driver.queues[1].reap() == [request]
         assert request.length == 0
+
+
+class TestMultiport(TestVirtioConsole):
+    options = {"hostdev": ">out", "ports": [{"name": "log", "hostdev": ">log"}]}

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from qvm_chardev import stdio
 from qvm_chardev.testing import wait_for
 from qvm_virtio_console import spec
 from qvm_virtio_console.device import VirtioConsole
@@ -98,7 +97,7 @@ def test_input_a_guest_does_not_read_stays_bounded(
     with pytest.raises(BlockingIOError):
         while True:
             sent += far.send(b"z" * 4096)
-    assert len(device.vdev._input) <= 8192
+    assert len(device.vdev._first._input) <= 8192
     received = 0
     while received < sent:
         request = driver.queues[RX].submit([], [4096])
@@ -149,9 +148,9 @@ def test_reset_while_held_back(client: tuple[Plugged[VirtioConsole], MmioDriver,
     for _ in range(20):
         driver.queues[TX].submit([bytes(40_000)])
     device.settle()
-    assert device.vdev._partial is not None
+    assert device.vdev._first._partial is not None
     device.write(MMIO_STATUS, 0)
-    assert device.vdev._partial is None, "the rest belongs to the old driver"
+    assert device.vdev._first._partial is None, "the rest belongs to the old driver"
     again = _driver(device)
     far.setblocking(False)
 
@@ -185,21 +184,6 @@ def test_5_3_4_one_port_and_no_size_without_a_terminal(console: Console) -> None
     driver = _driver(console(hostdev="null"))
     assert not driver.features & spec.F_SIZE
     assert (driver.config(0, 4), driver.config(4, 4)) == (0, 1)
-
-
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
-    """(the person's side, qvm's standard input and output) of an 80x24 terminal."""
-    master, slave = os.openpty()
-    os.set_blocking(master, False)
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    plain = stdio.Stdio.__init__
-
-    def init(self: stdio.Stdio, *args: object, **kwargs: object) -> None:
-        plain(self, *args, **{**kwargs, "input_fd": slave, "output_fd": slave})  # type: ignore[arg-type]
-
-    monkeypatch.setattr(stdio.Stdio, "__init__", init)
-    return master, slave
 
 
 def test_5_3_4_size_and_its_change(console: Console, terminal: tuple[int, int]) -> None:

@@ -177,6 +177,10 @@ class VirtioDriver(abc.ABC):
         """Notify a queue, asked for or not."""
 
     @abc.abstractmethod
+    def reset_queue(self, index: int) -> None:
+        """Reset one queue (2.6.1) and check that it is reset; :meth:`setup_queue` sets it up again."""
+
+    @abc.abstractmethod
     def interrupt_status(self) -> int:
         """What is pending: bit 0 used buffers, bit 1 configuration. PCI clears it by this."""
 

@@ -6,8 +6,9 @@ import logging
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -18,16 +19,35 @@ from qvmcore.events import Worker
 from qvmcore.memory import GuestMemory
 from qvmcore.options import convert_options
 from qvmcore.termination import Phase, StepResult, TerminationCallback, TerminationPlan
-from qvmcore.types import GuestEnd, MemorySpec, MmioHandler, Reason
+from qvmcore.testing.driver import GuestRam, MmioDriver, VirtioDriver
+from qvmcore.testing.fake_pci import FakePciBus
+from qvmcore.testing.pci_driver import PciDevice, PciDriver
+from qvmcore.types import GuestEnd, MemorySpec, MmioHandler, Reason, Window
 from qvmcore.vdev import Vdev
 from qvmcore.virtio.device import VirtioVdev
 from qvmcore.virtio.mmio import MmioTransport
+from qvmcore.virtio.pci import STRUCTURES, STRUCTURES_BAR, PciTransport
 
 #: Where :func:`plug` puts the first window and the memory, guest-physical.
 BASE = 0x1C0D_0000
 RAM = (MemorySpec(0x8000_0000, 4 << 20),)
 
+#: What a virtio vdev may hang on.
+TRANSPORTS = ("mmio", "pci")
+
 V = TypeVar("V", bound=Vdev)
+
+_transport: ContextVar[str] = ContextVar("transport", default="mmio")
+
+
+@contextmanager
+def default_transport(name: str) -> Iterator[None]:
+    """What :func:`plug` puts a virtio vdev on inside the ``with`` block: ``mmio`` or ``pci``."""
+    token = _transport.set(name)
+    try:
+        yield
+    finally:
+        _transport.reset(token)
 
 
 class FakeIrq:
@@ -143,7 +163,8 @@ class FakeContext:
 class Plugged(Generic[V]):
     """A vdev on a real AddressSpace and GuestMemory, configured and started. A context manager.
 
-    ``base`` is the address of its first window; further windows follow it.
+    ``base`` is the address of its first window; further windows follow it. For a virtio vdev on PCI
+    that is the BAR of the structures, ``pci`` its bus and ``device`` its enumerated function.
     """
 
     def __init__(self, vdev: V, ctx: FakeContext, bus: AddressSpace, base: int) -> None:
@@ -152,7 +173,9 @@ class Plugged(Generic[V]):
         self.bus = bus
         self.base = base
         self.memory = ctx.memory
-        self.transport: MmioTransport | None = None
+        self.transport: MmioTransport | PciTransport | None = None
+        self.pci: FakePciBus | None = None
+        self.device: PciDevice | None = None
         self._ended = False
 
     @property
@@ -167,6 +190,18 @@ class Plugged(Generic[V]):
     def write(self, offset: int, value: int, size: int = 4) -> None:
         """A guest store at ``offset`` from the first window."""
         self.bus.write(self.base + offset, size, value)
+
+    @property
+    def windows(self) -> Sequence[Window]:
+        """What lies at ``base``, one behind the other."""
+        return self.vdev.windows if self.pci is None else (STRUCTURES,)
+
+    def driver(self) -> VirtioDriver:
+        """A guest's driver for this virtio device, which has not begun."""
+        ram = GuestRam(self.memory)
+        if self.device is not None:
+            return PciDriver(self.bus, self.device, ram)
+        return MmioDriver(self.bus, self.base, ram)
 
     def settle(self, timeout: float = 5.0) -> None:
         """Wait until the worker is idle. AssertionError, with its stack, when it does not come."""
@@ -206,6 +241,7 @@ def plug(
     base: int = BASE,
     base_dir: Path = Path(),
     start: bool = True,
+    transport: str | None = None,
     **options: object,
 ) -> Plugged[V]:
     """Create a vdev from TOML-like options, configure it, put it on a bus, and start it.
@@ -214,6 +250,8 @@ def plug(
     Raises ConfigError for wrong options and whatever ``on_configured`` raises, after the device was
     terminated. With ``start=False`` the vdev is configured and bound but ``on_starting`` was not
     called. Faults are recorded in ``.ctx.faults`` and, as in a machine, reads then give all ones.
+    ``transport`` is what a virtio vdev hangs on, ``mmio`` or ``pci``; by default what
+    :func:`default_transport` says, else ``mmio``.
     """
     converted, problems = convert_options(vdev_class.Options, {**(table or {}), **options}, base_dir)
     if problems:
@@ -228,7 +266,10 @@ def plug(
     ctx.threads_allowed = True
     try:
         vdev.on_configured()
-        _place(plugged)
+        if isinstance(vdev, VirtioVdev) and (transport or _transport.get()) == "pci":
+            _hang(plugged, vdev)
+        else:
+            _place(plugged)
         bus.freeze()
         if start:
             vdev.on_starting()
@@ -236,6 +277,18 @@ def plug(
         plugged.close()
         raise
     return plugged
+
+
+def _hang(plugged: Plugged[V], vdev: VirtioVdev) -> None:
+    """Put a virtio vdev on a PCI bus and enumerate it, as the core's binding and firmware do."""
+    ctx = plugged.ctx
+    plugged.transport = transport = PciTransport(vdev)
+    plugged.pci = FakePciBus(
+        transport.function, plugged.bus, ctx.irqs[0], ctx.name, lambda handler: _isolated(handler, ctx)
+    )
+    plugged.device = PciDevice(plugged.pci, plugged.base)
+    plugged.device.enumerate()
+    plugged.base, _ = plugged.device.bars[STRUCTURES_BAR]
 
 
 def _place(plugged: Plugged[V]) -> None:

@@ -1,4 +1,4 @@
-"""A hostile guest for any virtio device, as a Hypothesis state machine over virtio-mmio.
+"""A hostile guest for any virtio device, as a Hypothesis state machine over MMIO or PCI.
 
 ::
 
@@ -26,11 +26,20 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from qvmcore.testing.driver import MmioDriver
-from qvmcore.testing.fakes import Plugged
+from qvmcore.testing.driver import MmioDriver, VirtioDriver
+from qvmcore.testing.fakes import Plugged, default_transport
+from qvmcore.testing.pci_driver import PciDriver
 from qvmcore.testing.ring import GuestRam, SplitDriver
-from qvmcore.testing.strategies import Access, Descriptor, accesses, descriptors, good_chains
-from qvmcore.virtio import spec
+from qvmcore.testing.strategies import (
+    Access,
+    Descriptor,
+    accesses,
+    config_accesses,
+    descriptors,
+    good_chains,
+    pci_accesses,
+)
+from qvmcore.virtio import pci_spec, spec
 from qvmcore.virtio.device import VirtioVdev
 
 #: Bytes at the end of the first memory region that the guest never names.
@@ -42,6 +51,7 @@ _RING_PART = 0x4_0000
 class VirtioAbuse(RuleBasedStateMachine):
     """Subclass, define :meth:`device`, and give ``TestCase`` to pytest.
 
+    Each run is on MMIO or on PCI, as ``plug`` puts the device on what the machine draws.
     ``steps`` and ``examples`` bound a run; the first memory region of the device must be at least
     1 MiB. Rings live in its first quarter MiB, buffers behind that, the guard at its end.
     """
@@ -62,15 +72,17 @@ class VirtioAbuse(RuleBasedStateMachine):
         """A fresh device; called for each run, closed by the machine."""
         raise NotImplementedError("define device() to return plug(YourVdev, ...)")
 
-    def check_works(self, device: Plugged[Any], driver: MmioDriver) -> None:
+    def check_works(self, device: Plugged[Any], driver: VirtioDriver) -> None:
         """The device was just brought up by a good driver: do a request and assert its result."""
 
     # ---- the guest ---------------------------------------------------------------------------
 
-    @initialize(up=st.booleans())
-    def power_on(self, up: bool) -> None:
+    @initialize(up=st.booleans(), transport=st.sampled_from(("mmio", "pci")))
+    def power_on(self, up: bool, transport: str) -> None:
         """A device nobody has touched, or one a good driver has just brought up."""
-        self.plugged = self.device()
+        with default_transport(transport):
+            self.plugged = self.device()
+        self.on_pci = self.plugged.pci is not None
         vdev = self.plugged.vdev
         assert isinstance(vdev, VirtioVdev), f"{vdev!r} is no VirtioVdev"
         self.virtio = vdev.virtio
@@ -85,6 +97,7 @@ class VirtioAbuse(RuleBasedStateMachine):
         if up:
             self._bring_up(None)
 
+    @precondition(lambda self: not self.on_pci)
     @rule(access=accesses())
     def touch_a_register(self, access: Access) -> None:
         """Any load or store in the window. A reset through it is a reset like any other."""
@@ -96,15 +109,69 @@ class VirtioAbuse(RuleBasedStateMachine):
             # Rings wherever the guest likes, but out of the guard.
             return
         self.plugged.write(access.offset, access.value, access.size)
-        if access.offset == spec.MMIO_STATUS and access.size == 4 and access.value == 0:
-            self._forget_rings()
+        self._forget_rings_if_reset()
+
+    @precondition(lambda self: self.on_pci)
+    @rule(access=pci_accesses())
+    def touch_a_structure(self, access: Access) -> None:
+        """Likewise in the BAR of the structures."""
+        if access.value is None:
+            value = self.plugged.read(access.offset, access.size)
+            assert 0 <= value < 1 << 8 * access.size
+        elif access.offset not in _PCI_RING_PLACES:
+            self.plugged.write(access.offset, access.value, access.size)
+            self._forget_rings_if_reset()
+
+    @precondition(lambda self: self.on_pci)
+    @rule(access=config_accesses())
+    def touch_configuration_space(self, access: Access) -> None:
+        """BARs, Command, MSI-X, and the window into the BAR."""
+        device = self.plugged.device
+        assert device is not None
+        if access.value is None:
+            assert 0 <= device.read(access.offset, access.size) < 1 << 8 * access.size
+        else:
+            device.write(access.offset, access.value, access.size)
+
+    @precondition(lambda self: self.on_pci)
+    @rule(access=pci_accesses(), bar=st.one_of(st.just(0), st.integers(0, 255)))
+    def look_through_the_window(self, access: Access, bar: int) -> None:
+        """Any access through the PCI configuration access capability (4.1.4.9)."""
+        device = self.plugged.device
+        assert device is not None
+        if access.offset in _PCI_RING_PLACES:
+            return
+        at = next(each.at for each in device.structures() if each.cfg_type == pci_spec.CAP_PCI_CFG)
+        device.write(at + 4, bar, 1)
+        device.write(at + 8, access.offset)
+        device.write(at + 12, access.size)
+        if access.value is None:
+            device.read(at + pci_spec.CAP_SIZE)
+        else:
+            device.write(at + pci_spec.CAP_SIZE, access.value & 0xFFFFFFFF)
+            self._forget_rings_if_reset()
+        # Shut it again: what other rules do to configuration space must not place a ring.
+        device.write(at + 12, 0)
+
+    @precondition(lambda self: self.on_pci)
+    @rule(vector=st.one_of(st.integers(0, 4), st.sampled_from((0x7FF, 0x800, 0xFFFE, 0xFFFF))))
+    def map_a_vector(self, vector: int) -> None:
+        """MSI-X on, and every event mapped to a vector that may not exist."""
+        driver = self.driver
+        if not isinstance(driver, PciDriver) or not self._reachable():
+            return
+        driver.use_msix(0x0802_0040)
+        for index in range(len(self.plugged.vdev.queue_sizes)):
+            assert driver.map_queue(index, vector) in (vector, pci_spec.MSI_NO_VECTOR)
+        assert driver.map_config(vector) in (vector, pci_spec.MSI_NO_VECTOR)
 
     @rule(ready=st.booleans())
     def place_a_ring_anywhere(self, ready: bool) -> None:
         """Ring areas at an address that cannot work, for whatever queue is selected."""
-        self.driver.place(16, self.start + 8, self.start + 1, (1 << 64) - 2)
-        if ready:
-            self.driver.write(spec.MMIO_QUEUE_READY, 1)
+        if self._reachable():
+            self.driver.place(16, self.start + 8, self.start + 1, (1 << 64) - 2)
+            if ready:
+                self.driver.enable_queue()
 
     @rule(features=st.one_of(st.none(), st.just(1 << 32), st.just(1 << 32 | 1 << 29)))
     def bring_up(self, features: int | None) -> None:
@@ -181,7 +248,7 @@ class VirtioAbuse(RuleBasedStateMachine):
     @rule()
     def reset(self) -> None:
         """A reset, in whatever state the device is."""
-        self.driver.reset()
+        self._new_driver().reset()
         self._forget_rings()
 
     @rule()
@@ -236,9 +303,21 @@ class VirtioAbuse(RuleBasedStateMachine):
 
     # ---- inside ------------------------------------------------------------------------------------
 
-    def _new_driver(self) -> MmioDriver:
+    def _new_driver(self) -> VirtioDriver:
         ram = GuestRam(self.plugged.memory, self.start, self.guard - self.start)
-        return MmioDriver(self.plugged.bus, self.plugged.base, ram)
+        device = self.plugged.device
+        if device is None:
+            return MmioDriver(self.plugged.bus, self.plugged.base, ram)
+        device.enumerate(anew=True)
+        return PciDriver(self.plugged.bus, device, ram)
+
+    def _reachable(self) -> bool:
+        """Whether the registers are still where the driver expects them."""
+        device = self.plugged.device
+        if device is None or self.plugged.pci is None:
+            return True
+        function = self.plugged.pci.function
+        return all(function.bar_address(number) == at for number, (at, _) in device.bars.items())
 
     def _bring_up(self, features: int | None) -> None:
         self.driver = self._new_driver()
@@ -246,6 +325,11 @@ class VirtioAbuse(RuleBasedStateMachine):
         self.rings = self.driver.queues
         self.smashed = False
         assert self.driver.ram.mark() <= self.start + _RING_PART, "the rings outgrew their part of the memory"
+
+    def _forget_rings_if_reset(self) -> None:
+        """The status is 0 after a reset, and before anything was negotiated."""
+        if self.virtio.status == 0:
+            self._forget_rings()
 
     def _forget_rings(self) -> None:
         self.rings = []
@@ -275,3 +359,4 @@ class VirtioAbuse(RuleBasedStateMachine):
 
 #: Registers that say where rings are: the machine sets them itself, or a ring would cover the guard.
 _RING_PLACES = frozenset(range(spec.MMIO_QUEUE_DESC_LOW, spec.MMIO_QUEUE_DEVICE_HIGH + 4))
+_PCI_RING_PLACES = frozenset(range(pci_spec.QUEUE_DESC - 3, pci_spec.QUEUE_DEVICE + 8))

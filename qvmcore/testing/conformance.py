@@ -30,8 +30,8 @@ import pytest
 from qvmcore.bus import all_ones
 from qvmcore.memory import GuestMemory
 from qvmcore.options import describe_options
-from qvmcore.testing.driver import FeaturesRefused, MmioDriver
-from qvmcore.testing.fakes import RAM, FakeContext, Plugged, plug
+from qvmcore.testing.driver import FeaturesRefused, VirtioDriver
+from qvmcore.testing.fakes import RAM, TRANSPORTS, FakeContext, Plugged, default_transport, plug
 from qvmcore.types import GuestEnd, Reason, Window
 from qvmcore.vdev import Vdev
 from qvmcore.virtio import spec
@@ -141,7 +141,7 @@ class MmioConformance(_Kit):
     def test_undeclared_sizes_never_reach_the_vdev(self, device: Plugged[Any]) -> None:
         """They read all ones, at every offset."""
         base = 0
-        for window in device.vdev.windows:
+        for window in device.windows:
             for size in {1, 2, 4, 8} - window.access:
                 assert device.read(base, size) == all_ones(size)
             largest = max(window.access)
@@ -202,7 +202,7 @@ class TerminationConformance(_Kit):
     def load(self, device: Plugged[Any]) -> None:
         """Give the device something to do, so that the end meets it at work; may be overridden."""
         if isinstance(device.vdev, VirtioVdev):
-            driver = MmioDriver.of(device)
+            driver = device.driver()
             driver.start()
             for ring in driver.queues:
                 ring.submit([bytes(16)], [64])
@@ -210,21 +210,30 @@ class TerminationConformance(_Kit):
 
 
 class VirtioConformance(VdevConformance):
-    """What holds for every virtio device, over virtio-mmio (virtio 1.4)."""
+    """What holds for every virtio device (virtio 1.4), over MMIO and over PCI.
+
+    Every test of the class, of the other contracts it keeps too, runs once on each transport.
+    """
 
     vdev_class: ClassVar[type[VirtioVdev]]
     #: ConfigGeneration goes on counting through a reset.
     volatile: ClassVar[frozenset[int]] = frozenset({spec.MMIO_CONFIG_GENERATION})
 
-    def check_works(self, device: Plugged[Any], driver: MmioDriver) -> None:
+    def check_works(self, device: Plugged[Any], driver: VirtioDriver) -> None:
         """The driver is up: do one request of the device's kind and assert its result."""
 
-    @pytest.fixture
-    def driver(self, device: Plugged[Any]) -> MmioDriver:
-        """A driver that has not begun."""
-        return MmioDriver.of(device)
+    @pytest.fixture(autouse=True, params=TRANSPORTS)
+    def transport(self, request: pytest.FixtureRequest) -> Iterator[str]:
+        """What :func:`~qvmcore.testing.fakes.plug` hangs the device on during a test."""
+        with default_transport(request.param):
+            yield request.param
 
-    def test_3_1_1_bring_up_and_work(self, device: Plugged[Any], driver: MmioDriver) -> None:
+    @pytest.fixture
+    def driver(self, device: Plugged[Any]) -> VirtioDriver:
+        """A driver that has not begun."""
+        return device.driver()
+
+    def test_3_1_1_bring_up_and_work(self, device: Plugged[Any], driver: VirtioDriver) -> None:
         """With everything offered, after a reset too."""
         for _ in range(3):
             driver.start()
@@ -235,7 +244,7 @@ class VirtioConformance(VdevConformance):
     @pytest.mark.parametrize("event_idx", [False, True], ids=["flags", "event_idx"])
     @pytest.mark.parametrize("indirect", [False, True], ids=["direct", "indirect"])
     def test_2_7_every_kind_of_ring_gives_the_same(
-        self, device: Plugged[Any], driver: MmioDriver, event_idx: bool, indirect: bool
+        self, device: Plugged[Any], driver: VirtioDriver, event_idx: bool, indirect: bool
     ) -> None:
         """EVENT_IDX and indirect descriptors change nothing but the speed."""
         bits = 1 << spec.VIRTIO_F_EVENT_IDX | 1 << spec.VIRTIO_F_INDIRECT_DESC
@@ -246,7 +255,7 @@ class VirtioConformance(VdevConformance):
         self.check_works(device, driver)
 
     def test_2_2_no_device_feature_is_required_but_version_1(
-        self, device: Plugged[Any], driver: MmioDriver
+        self, device: Plugged[Any], driver: VirtioDriver
     ) -> None:
         """A driver that knows nothing but the base still gets FEATURES_OK, unless the device says why not."""
         base = 1 << spec.VIRTIO_F_VERSION_1
@@ -254,7 +263,7 @@ class VirtioConformance(VdevConformance):
             driver.start(base)
             assert device.vdev.virtio.features == base
 
-    def test_2_2_1_unoffered_features_are_refused(self, driver: MmioDriver) -> None:
+    def test_2_2_1_unoffered_features_are_refused(self, driver: VirtioDriver) -> None:
         """Any single bit that was not offered."""
         offered = driver.offered()
         for bit in range(128):
@@ -265,7 +274,7 @@ class VirtioConformance(VdevConformance):
                 driver.status = spec.ACKNOWLEDGE | spec.DRIVER | spec.FEATURES_OK
                 assert not driver.status & spec.FEATURES_OK, f"bit {bit}"
 
-    def test_6_2_version_1_is_required(self, driver: MmioDriver) -> None:
+    def test_6_2_version_1_is_required(self, driver: VirtioDriver) -> None:
         """No legacy driver."""
         with pytest.raises(FeaturesRefused):
             driver.start(driver.offered() & ~(1 << spec.VIRTIO_F_VERSION_1))
@@ -277,7 +286,7 @@ class VirtioConformance(VdevConformance):
         assert bits & reserved == 0
         assert bits == device.vdev.device_features()
 
-    def test_2_5_the_configuration_has_one_length(self, device: Plugged[Any], driver: MmioDriver) -> None:
+    def test_2_5_the_configuration_has_one_length(self, device: Plugged[Any], driver: VirtioDriver) -> None:
         """Readable at every moment, of the same length, zero behind its end."""
         length = len(device.vdev.config_space())
         for begin in (lambda: None, driver.negotiate, driver.driver_ok, driver.reset):
@@ -287,7 +296,7 @@ class VirtioConformance(VdevConformance):
                 driver.config(offset, 4)
         assert driver.config(0x100 - 4, 4) == 0 or length > 0x100 - 4
 
-    def test_2_5_reading_does_not_change_the_generation(self, driver: MmioDriver) -> None:
+    def test_2_5_reading_does_not_change_the_generation(self, driver: VirtioDriver) -> None:
         """Two reads of an unchanged configuration see one generation."""
         before = driver.generation()
         for offset in range(0x100):
@@ -295,7 +304,7 @@ class VirtioConformance(VdevConformance):
         assert driver.generation() == before
 
     def test_2_1_2_nothing_is_consumed_before_driver_ok(
-        self, device: Plugged[Any], driver: MmioDriver
+        self, device: Plugged[Any], driver: VirtioDriver
     ) -> None:
         """Neither by a notification nor by a ring made ready."""
         driver.reset()
@@ -308,7 +317,7 @@ class VirtioConformance(VdevConformance):
         assert [ring.used_idx for ring in driver.queues] == [0] * len(driver.queues)
         assert device.irq.count == 0
 
-    def test_notifications_of_nothing_are_harmless(self, device: Plugged[Any], driver: MmioDriver) -> None:
+    def test_notifications_of_nothing_are_harmless(self, device: Plugged[Any], driver: VirtioDriver) -> None:
         """Before set-up, of an empty ring, of no ring."""
         for value in (0, 1, 0xFFFF, 0xFFFFFFFF):
             driver.notify(value)
@@ -334,7 +343,7 @@ class VirtioConformance(VdevConformance):
         ids=["loop", "order", "next", "outside", "wrap", "table-length", "table-next"],
     )
     def test_2_7_5_a_malformed_chain_needs_a_reset_and_a_reset_helps(
-        self, device: Plugged[Any], driver: MmioDriver, rows: list[tuple[int, int, int, int]]
+        self, device: Plugged[Any], driver: VirtioDriver, rows: list[tuple[int, int, int, int]]
     ) -> None:
         """On each queue; a device that leaves its queue alone until it has data need not notice."""
         for index in range(len(device.vdev.queue_sizes)):
@@ -349,7 +358,7 @@ class VirtioConformance(VdevConformance):
             taken = device.vdev.virtio.counters()["queues"][index]["popped"]
             assert taken == 0
             if driver.needs_reset:
-                assert driver.interrupt_status() & spec.MMIO_INT_CONFIG
+                assert driver.interrupt_status() & spec.MMIO_INT_CONFIG  # bit 1 of the ISR status, too
         driver.start()
         assert not driver.needs_reset
         self.check_works(device, driver)
@@ -367,7 +376,7 @@ class VirtioConformance(VdevConformance):
         ids=["nothing", "tiny", "room", "no-room", "short", "cut"],
     )
     def test_a_well_formed_chain_of_the_wrong_kind_is_survived(
-        self, device: Plugged[Any], driver: MmioDriver, pieces: tuple[list[bytes], list[int]]
+        self, device: Plugged[Any], driver: VirtioDriver, pieces: tuple[list[bytes], list[int]]
     ) -> None:
         """Whatever is in it, the worker lives and a reset gives a working device."""
         for index in range(len(device.vdev.queue_sizes)):
@@ -382,7 +391,7 @@ class VirtioConformance(VdevConformance):
 def _places(device: Plugged[Any]) -> Iterator[tuple[int, int]]:
     """Offsets and sizes over all windows: everything small, and the edges of what is big."""
     base = 0
-    for window in device.vdev.windows:
+    for window in device.windows:
         for size in (1, 2, 4, 8):
             offsets = range(0, min(window.size, 0x1000), size)
             for offset in (*offsets, window.size - size, window.size - 1, 1, 3):
@@ -393,7 +402,7 @@ def _places(device: Plugged[Any]) -> Iterator[tuple[int, int]]:
 def _registers(device: Plugged[Any]) -> dict[int, int]:
     """Every aligned register of the largest width each window takes."""
     values, base = {}, 0
-    for window in device.vdev.windows:
+    for window in device.windows:
         width = min(4, max(window.access))
         for offset in range(0, min(window.size, 0x1000) - width + 1, width):
             values[base + offset] = device.read(base + offset, width)
@@ -404,7 +413,7 @@ def _registers(device: Plugged[Any]) -> dict[int, int]:
 def _scribble(device: Plugged[Any]) -> None:
     """Store into every register."""
     base = 0
-    for window in device.vdev.windows:
+    for window in device.windows:
         width = min(4, max(window.access))
         for offset in range(0, min(window.size, 0x1000) - width + 1, width):
             device.write(base + offset, 0xA5A5A5A5 & all_ones(width), width)

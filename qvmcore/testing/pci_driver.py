@@ -57,8 +57,12 @@ class PciDevice:
         """A store to configuration space."""
         self.config.config_write(offset, size, value)
 
-    def enumerate(self) -> None:
-        """Size and place the BARs, then let the function decode memory and master the bus."""
+    def enumerate(self, *, anew: bool = False) -> None:
+        """Size and place the BARs, then let the function decode memory and master the bus.
+
+        A BAR that has an address keeps it, unless ``anew``.
+        """
+        self.bars = {}
         self.write(pci.COMMAND, 0, 2)
         number, free = 0, self._aperture
         while number < pci.BAR_COUNT:
@@ -68,7 +72,8 @@ class PciDevice:
             self._set_bar(at, wide, (1 << 64) - 1)
             size = -self._bar(at, wide) & (1 << (64 if wide else 32)) - 1
             if size:
-                address = before or -(-free // size) * size
+                address = 0 if anew else before
+                address = address or -(-free // size) * size
                 free = max(free, address + size)
                 self._set_bar(at, wide, address)
                 self.bars[number] = (address, size)

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from hypothesis import strategies as st
 
-from qvmcore.virtio import spec
+from qvmcore.virtio import pci_spec, spec
+from qvmcore.virtio.pci import DEVICE, ISR, NOTIFY, STRUCTURES
 
 #: Every register of 4.2.2, and some offsets that are none.
 REGISTERS = tuple(sorted({
@@ -43,6 +44,29 @@ def accesses(window: int = 0x200) -> st.SearchStrategy[Access]:
     sizes = st.sampled_from((4, 4, 4, 1, 2, 8))
     stores = st.one_of(st.sampled_from(VALUES), st.integers(0, 0xFFFFFFFF))
     return st.builds(Access, offsets, sizes, st.one_of(st.none(), stores)).map(_fitting)
+
+
+def pci_accesses() -> st.SearchStrategy[Access]:
+    """Loads and stores in the BAR of the virtio structures: fields as they should be, and anything."""
+    fields = st.sampled_from(tuple(pci_spec.COMMON_CFG_FIELDS.items()))
+    anywhere = st.tuples(
+        st.one_of(
+            st.sampled_from((ISR, ISR + 1, DEVICE, NOTIFY, NOTIFY + 1, NOTIFY + 2, NOTIFY + 4)),
+            st.integers(0, pci_spec.COMMON_CFG_SIZE + 8),
+            st.integers(0, STRUCTURES.size - 1),
+        ),
+        st.sampled_from((1, 2, 4, 8)),
+    )
+    values = st.one_of(st.none(), st.sampled_from(VALUES), st.integers(0, 0xFFFFFFFF))
+    places = st.one_of(fields, fields, anywhere)
+    return st.builds(lambda place, value: Access(place[0], place[1], value), places, values).map(_fitting)
+
+
+def config_accesses() -> st.SearchStrategy[Access]:
+    """Loads and stores in the configuration space of a PCI function."""
+    offsets = st.one_of(st.integers(0, 0xFF), st.integers(0, 0xFFF))
+    values = st.one_of(st.none(), st.sampled_from(VALUES), st.integers(0, 0xFFFFFFFF))
+    return st.builds(Access, offsets, st.sampled_from((1, 2, 4)), values).map(_fitting)
 
 
 def register_sequences(longest: int = 30) -> st.SearchStrategy[list[Access]]:

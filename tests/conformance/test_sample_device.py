@@ -6,12 +6,12 @@ from typing import Any
 
 from qvmcore.testing.abuse import VirtioAbuse
 from qvmcore.testing.conformance import MmioConformance, TerminationConformance, VirtioConformance
-from qvmcore.testing.driver import MmioDriver
+from qvmcore.testing.driver import VirtioDriver
 from qvmcore.testing.fakes import Plugged, plug
 from qvmcore.testing.samples import Echo
 
 
-def echo_once(device: Plugged[Any], driver: MmioDriver) -> None:
+def echo_once(device: Plugged[Any], driver: VirtioDriver) -> None:
     """One request there and back."""
     request = driver.queues[0].submit([b"ping"], [8])
     device.settle()
@@ -24,7 +24,7 @@ class TestEcho(VirtioConformance, MmioConformance, TerminationConformance):
 
     vdev_class = Echo
 
-    def check_works(self, device: Plugged[Any], driver: MmioDriver) -> None:
+    def check_works(self, device: Plugged[Any], driver: VirtioDriver) -> None:
         echo_once(device, driver)
 
 
@@ -36,7 +36,7 @@ class HostileGuest(VirtioAbuse):
     def device(self) -> Plugged[Echo]:
         return plug(Echo)
 
-    def check_works(self, device: Plugged[Any], driver: MmioDriver) -> None:
+    def check_works(self, device: Plugged[Any], driver: VirtioDriver) -> None:
         echo_once(device, driver)
 
 

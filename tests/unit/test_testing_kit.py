@@ -21,7 +21,7 @@ from qvmcore.testing.conformance import (
     VdevConformance,
     VirtioConformance,
 )
-from qvmcore.testing.driver import GuestRam, MmioDriver, SplitDriver
+from qvmcore.testing.driver import GuestRam, MmioDriver, SplitDriver, VirtioDriver
 from qvmcore.testing.fakes import FakeContext, FakeIrq, Plugged, plug
 from qvmcore.testing.samples import Echo
 from qvmcore.types import GuestEnd, MemorySpec, Reason, Window
@@ -308,7 +308,7 @@ def caught_by_abuse(vdev_class: type[Echo]) -> None:
         def device(self) -> Plugged[Any]:
             return plug(vdev_class)
 
-        def check_works(self, device: Plugged[Any], driver: MmioDriver) -> None:
+        def check_works(self, device: Plugged[Any], driver: VirtioDriver) -> None:
             request = driver.queues[0].submit([b"ping"], [8])
             device.settle()
             assert driver.queues[0].reap() == [request]

@@ -13,7 +13,7 @@ from qvm_virtio_blk.device import VirtioBlk
 from qvm_virtio_blk.testing import FLUSH, GET_ID, IN, IOERR, OK, OUT, Guest, Start, header
 
 from qvmcore.testing.abuse import VirtioAbuse
-from qvmcore.testing.driver import MmioDriver, Piece
+from qvmcore.testing.driver import MmioDriver, Piece, VirtioDriver
 from qvmcore.testing.fakes import Plugged, plug
 
 Disk = Callable[..., Plugged[VirtioBlk]]
@@ -170,7 +170,7 @@ class HostileGuest(VirtioAbuse):
     def device(self) -> Plugged[Any]:
         return plug(VirtioBlk, hostdev="memory:64K")
 
-    def check_works(self, device: Plugged[Any], driver: MmioDriver) -> None:
+    def check_works(self, device: Plugged[Any], driver: VirtioDriver) -> None:
         request = driver.queues[0].submit([header(IN, 1)], [512, 1])
         device.settle()
         driver.queues[0].reap()

@@ -10,7 +10,7 @@ from qvm_virtio_blk.device import VirtioBlk
 from qvm_virtio_blk.testing import IN, OK, header
 
 from qvmcore.testing.conformance import MmioConformance, TerminationConformance, VirtioConformance
-from qvmcore.testing.driver import MmioDriver
+from qvmcore.testing.driver import VirtioDriver
 from qvmcore.testing.fakes import Plugged
 
 
@@ -24,7 +24,7 @@ class TestVirtioBlk(VirtioConformance, MmioConformance, TerminationConformance):
         path.write_bytes(bytes(65536))
         return {"hostdev": path.name}
 
-    def check_works(self, device: Plugged[Any], driver: MmioDriver) -> None:
+    def check_works(self, device: Plugged[Any], driver: VirtioDriver) -> None:
         request = driver.queues[0].submit([header(IN, 1)], [512, 1])
         device.settle()
         assert driver.queues[0].reap() == [request]

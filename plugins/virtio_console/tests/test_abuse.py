@@ -13,7 +13,7 @@ from qvm_virtio_console.device import VirtioConsole
 from qvm_virtio_console.spec import Event
 
 from qvmcore.testing.abuse import VirtioAbuse
-from qvmcore.testing.driver import MmioDriver, Piece
+from qvmcore.testing.driver import MmioDriver, Piece, VirtioDriver
 from qvmcore.testing.fakes import Plugged, plug
 
 Console = Callable[..., Plugged[VirtioConsole]]
@@ -251,7 +251,7 @@ class HostileGuest(VirtioAbuse):
     def device(self) -> Plugged[Any]:
         return plug(VirtioConsole, hostdev="null")
 
-    def check_works(self, device: Plugged[Any], driver: MmioDriver) -> None:
+    def check_works(self, device: Plugged[Any], driver: VirtioDriver) -> None:
         request = driver.queues[TX].submit([b"hello"], [])
         device.settle()
         driver.queues[TX].reap()

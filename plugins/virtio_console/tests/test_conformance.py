@@ -7,7 +7,7 @@ from typing import Any
 from qvm_virtio_console.device import VirtioConsole
 
 from qvmcore.testing.conformance import MmioConformance, TerminationConformance, VirtioConformance
-from qvmcore.testing.driver import MmioDriver
+from qvmcore.testing.driver import VirtioDriver
 from qvmcore.testing.fakes import Plugged
 
 
@@ -15,7 +15,7 @@ class TestVirtioConsole(VirtioConformance, MmioConformance, TerminationConforman
     vdev_class = VirtioConsole
     options = {"hostdev": ">out"}
 
-    def check_works(self, device: Plugged[Any], driver: MmioDriver) -> None:
+    def check_works(self, device: Plugged[Any], driver: VirtioDriver) -> None:
         request = driver.queues[1].submit([b"ping"], [])
         device.settle()
         assert driver.queues[1].reap() == [request]

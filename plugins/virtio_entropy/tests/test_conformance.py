@@ -5,14 +5,14 @@ from typing import Any
 from qvm_virtio_entropy import VirtioEntropy
 
 from qvmcore.testing.conformance import MmioConformance, TerminationConformance, VirtioConformance
-from qvmcore.testing.driver import MmioDriver
+from qvmcore.testing.driver import VirtioDriver
 from qvmcore.testing.fakes import Plugged
 
 
 class TestVirtioEntropy(VirtioConformance, MmioConformance, TerminationConformance):
     vdev_class = VirtioEntropy
 
-    def check_works(self, device: Plugged[Any], driver: MmioDriver) -> None:
+    def check_works(self, device: Plugged[Any], driver: VirtioDriver) -> None:
         request = driver.queues[0].submit([], [32])
         device.settle()
         assert driver.queues[0].reap() == [request]

@@ -12,7 +12,7 @@ from qvm_virtio_entropy import VirtioEntropy
 
 from qvmcore.api import HostError
 from qvmcore.testing.abuse import VirtioAbuse
-from qvmcore.testing.driver import MmioDriver
+from qvmcore.testing.driver import MmioDriver, VirtioDriver
 from qvmcore.testing.fakes import Plugged, plug
 
 Plug = Callable[..., Plugged[VirtioEntropy]]
@@ -96,7 +96,7 @@ class HostileGuest(VirtioAbuse):
     def device(self) -> Plugged[Any]:
         return plug(VirtioEntropy)
 
-    def check_works(self, device: Plugged[Any], driver: MmioDriver) -> None:
+    def check_works(self, device: Plugged[Any], driver: VirtioDriver) -> None:
         request = driver.queues[0].submit([], [32])
         device.settle()
         driver.queues[0].reap()

@@ -5,7 +5,7 @@
 """
 
 from qvmcore.bus import AddressSpace
-from qvmcore.engine import Controller, CpuEntry, Engine, Guest, GuestConfig
+from qvmcore.engine import Controller, CpuEntry, Engine, Guest, GuestConfig, MsiFrame
 from qvmcore.errors import (
     BadDescriptorChain,
     ConfigError,
@@ -22,6 +22,8 @@ from qvmcore.hookspecs import hookimpl
 from qvmcore.irq import IrqLine, NullIrq
 from qvmcore.memory import GuestMemory, MemoryRegion
 from qvmcore.options import Address, HostPath, Size
+from qvmcore.pci.capability import Capability, ConfigWindow
+from qvmcore.pci.vdev import BarWindow, PciVdev
 from qvmcore.termination import Phase, TerminationCallback
 from qvmcore.types import (
     Doorbell,
@@ -29,6 +31,8 @@ from qvmcore.types import (
     IntrSpec,
     MemorySpec,
     MmioHandler,
+    PciAddress,
+    PciId,
     Reason,
     Trigger,
     VdevSpec,
@@ -46,8 +50,11 @@ __all__ = [
     "Address",
     "AddressSpace",
     "BadDescriptorChain",
+    "BarWindow",
+    "Capability",
     "Chain",
     "ConfigError",
+    "ConfigWindow",
     "Controller",
     "CpuEntry",
     "Doorbell",
@@ -68,8 +75,12 @@ __all__ = [
     "MemoryRegion",
     "MemorySpec",
     "MmioHandler",
+    "MsiFrame",
     "NoOptions",
     "NullIrq",
+    "PciAddress",
+    "PciId",
+    "PciVdev",
     "Phase",
     "PluginError",
     "QvmError",

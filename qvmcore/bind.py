@@ -9,16 +9,25 @@ from qvmcore.engine import Guest
 from qvmcore.errors import ConfigError, Diagnostic, PluginError
 from qvmcore.hookspecs import hookimpl
 from qvmcore.irq import IrqLine
+from qvmcore.pci.function import PciFunction
+from qvmcore.pci.interrupts import PciInterrupts
 from qvmcore.plugins import PluginHost
 from qvmcore.slot import VdevSlot
-from qvmcore.types import IntrSpec, MmioHandler, VdevSpec, Window
+from qvmcore.types import IntrSpec, MmioHandler, PciAddress, VdevSpec, Window
 from qvmcore.vdev import Vdev, VdevContext
 from qvmcore.virtio.device import VirtioVdev
 from qvmcore.virtio.mmio import MmioTransport
 
 
 class DefaultBindings:
-    """The core's own hook implementations; they answer last, so any plugin can take their place."""
+    """The core's own hook implementations; they answer last, so any plugin can take their place.
+
+    One object for each machine: it knows the PCI functions and interrupts of its vdevs, by ``id``.
+    """
+
+    def __init__(self) -> None:
+        self.functions: dict[int, PciFunction] = {}
+        self.interrupts: dict[int, PciInterrupts] = {}
 
     @hookimpl(trylast=True)
     def qvm_create_vdev(self, spec: VdevSpec, cls: type[Vdev], ctx: VdevContext) -> Vdev:
@@ -27,14 +36,26 @@ class DefaultBindings:
 
     @hookimpl(trylast=True)
     def qvm_bind_mmio(self, vdev: Vdev, index: int, window: Window) -> MmioHandler:
-        """The virtio-mmio transport for a virtio vdev, the vdev's own methods for any other."""
+        """A BAR of its PCI function, the virtio-mmio transport, or the vdev's own methods."""
+        function = self.functions.get(id(vdev))
+        if function is not None:
+            return function.bars[index].handler
         if isinstance(vdev, VirtioVdev):
             return MmioTransport(vdev).handler()
         return _own_methods(vdev.mmio_read, vdev.mmio_write, index)
 
     @hookimpl(trylast=True)
+    def qvm_bind_pci_config(self, vdev: Vdev, address: PciAddress) -> MmioHandler:
+        """The function's own configuration space."""
+        function = self.functions[id(vdev)]
+        return MmioHandler(function.config_read, function.config_write)
+
+    @hookimpl(trylast=True)
     def qvm_bind_irq(self, vdev: Vdev, index: int, intr: IntrSpec, guest: Guest) -> IrqLine:
-        """The line of the engine's interrupt controller."""
+        """A source of its PCI function, or the line of the engine's interrupt controller."""
+        interrupts = self.interrupts.get(id(vdev))
+        if interrupts is not None:
+            return interrupts.line(index)
         return guest.irq_line(intr)
 
 
@@ -50,27 +71,34 @@ def _own_methods(
 def bind_irqs(slots: Sequence[VdevSlot], host: PluginHost, guest: Guest) -> None:
     """Bind every interrupt line, before any vdev is configured: its worker may signal at once."""
     for slot in slots:
-        intr = slot.spec.intr
+        intr = slot.spec.intr if slot.spec.pci is None else None
         for index in range(slot.cls.irqs if intr is not None else 0):
             assert intr is not None
             line = IntrSpec(intr.controller, intr.number + index)
             slot.lines[index] = host.bind_irq(slot.vdev, index, line, guest)
 
 
+def bind_window(slot: VdevSlot, host: PluginHost, index: int, window: Window) -> MmioHandler:
+    """The guarded handler of a window. Raises PluginError when a hook gave something else."""
+    handler = host.bind_mmio(slot.vdev, index, window)
+    if not isinstance(handler, MmioHandler):
+        raise PluginError(f"{slot.spec.where}: qvm_bind_mmio gave {handler!r}, not an MmioHandler")
+    return slot.guard(handler)
+
+
 def bind_windows(slots: Sequence[VdevSlot], host: PluginHost, bus: AddressSpace) -> None:
-    """Bind every window and freeze the bus. Raises ConfigError or PluginError."""
+    """Bind every window of the vdevs with an address. Raises ConfigError or PluginError."""
     for slot in slots:
         spec = slot.spec
+        if spec.pci is not None:
+            continue
         base = spec.loc
         for index, window in enumerate(slot.cls.windows):
-            handler = host.bind_mmio(slot.vdev, index, window)
-            if not isinstance(handler, MmioHandler):
-                raise PluginError(f"{spec.where}: qvm_bind_mmio gave {handler!r}, not an MmioHandler")
+            handler = bind_window(slot, host, index, window)
             if base is None:
                 problem = Diagnostic(
                     spec.source.file, spec.source.line, spec.where, "no loc for its registers"
                 )
                 raise ConfigError([problem])
-            bus.insert(base, window, slot.guard(handler), spec.name)
+            bus.insert(base, window, handler, spec.name)
             base += window.size
-    bus.freeze()

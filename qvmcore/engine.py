@@ -32,6 +32,21 @@ class Controller:
 
 
 @dataclass(frozen=True, slots=True)
+class MsiFrame:
+    """A doorbell for message-signalled interrupts: a write of a number raises that line, as an edge.
+
+    ``kind`` e.g. ``gicv2m``; ``controller`` names the controller it belongs to; ``lines`` are its
+    interrupt numbers, which no vdev may use. ``base`` and ``size`` are bytes.
+    """
+
+    kind: str
+    controller: str
+    base: int
+    size: int
+    lines: range
+
+
+@dataclass(frozen=True, slots=True)
 class CpuEntry:
     """Where the boot CPU starts: guest-physical ``pc`` and named registers (``x0`` ...)."""
 
@@ -53,6 +68,8 @@ class GuestConfig:
     bus: AddressSpace
     controllers: tuple[Controller, ...]
     on_end: Callable[[GuestEnd], None]
+    #: The MSI frame the engine provides; None for a machine without PCI.
+    msi: MsiFrame | None = None
 
 
 class Guest(Protocol):
@@ -60,6 +77,12 @@ class Guest(Protocol):
 
     def irq_line(self, intr: IntrSpec) -> IrqLine:
         """The input line ``intr`` of one of the controllers; called at freeze only."""
+
+    def signal_msi(self, address: int, data: int) -> None:
+        """A device's message: ``data`` (32 bits) written to ``address``. Any thread, never blocks.
+
+        The guest chose both, so what is not a line of the MSI frame is dropped.
+        """
 
     def start(self, entry: CpuEntry) -> None:
         """Start the vCPU threads and return."""

@@ -15,7 +15,7 @@ import pluggy
 from qvmcore.engine import Engine, Guest
 from qvmcore.irq import IrqLine
 from qvmcore.termination import TerminationCallback
-from qvmcore.types import IntrSpec, MmioHandler, VdevSpec, Window
+from qvmcore.types import IntrSpec, MmioHandler, PciAddress, VdevSpec, Window
 from qvmcore.vdev import Vdev, VdevContext
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def qvm_create_vdev(spec: VdevSpec, cls: type[Vdev], ctx: VdevContext) -> Vdev |
 def qvm_bind_mmio(vdev: Vdev, index: int, window: Window) -> MmioHandler | None:
     """At freeze, once per window: who handles the accesses to window ``index`` of ``vdev``.
 
+    The windows of a vdev on PCI are the BARs of its function, in order, the MSI-X table last.
+
     Trace, record or inject by wrapping::
 
         @hookimpl(wrapper=True)
@@ -74,8 +76,21 @@ def qvm_bind_mmio(vdev: Vdev, index: int, window: Window) -> MmioHandler | None:
 
 
 @hookspec(firstresult=True)
+def qvm_bind_pci_config(vdev: Vdev, address: PciAddress) -> MmioHandler | None:
+    """At freeze, once per PCI function: who handles the accesses to its 4096 bytes of configuration.
+
+    Offsets are from the start of its configuration space; by default the function of the vdev
+    answers. Hide a capability or record what a driver looks for by wrapping.
+    """
+
+
+@hookspec(firstresult=True)
 def qvm_bind_irq(vdev: Vdev, index: int, intr: IntrSpec, guest: Guest) -> IrqLine | None:
-    """At freeze, once per interrupt: the line of ``intr``; by default ``guest.irq_line(intr)``."""
+    """At freeze, once per interrupt: the line of ``intr``; by default ``guest.irq_line(intr)``.
+
+    For a PciVdev ``intr`` is where its INTx goes, and the line also sends its MSI-X messages. A
+    virtio device on PCI signals through its transport and is not asked about.
+    """
 
 
 @hookspec

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from qvmcore.boards import Board
+from qvmcore.boards import Board, PciHost
 from qvmcore.types import IntrSpec, MachineSpec, MemorySpec, VdevSpec, Window
 from qvmcore.vdev import Vdev
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryRow:
-    """A range of the guest-physical address space. ``kind``: ram, rom, controller or vdev."""
+    """A range of the guest-physical address space. ``kind``: ram, rom, controller, pci or vdev."""
 
     start: int
     size: int
@@ -39,12 +39,16 @@ class MemoryRow:
 
 @dataclass(frozen=True, slots=True)
 class InterruptRow:
-    """One interrupt line in use. ``trigger`` is ``edge`` or ``level``."""
+    """One interrupt line in use. ``trigger`` is ``edge`` or ``level``.
+
+    ``automatic`` rows are the lines that PCI functions got without asking.
+    """
 
     intr: IntrSpec
     owner: str
     trigger: str
     spec: VdevSpec
+    automatic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +68,43 @@ def place_windows(loc: int, windows: Iterable[Window]) -> list[tuple[int, int]]:
     return placed
 
 
+def pci_routes(pci: PciHost, vdevs: Iterable[VdevSpec]) -> dict[int, IntrSpec]:
+    """The interrupt line of each PCI device number that is taken.
+
+    All functions of a device share ``INTA#``. The line is the ``intr`` of one of them, else one of
+    the host's four, by the standard swizzle (device number modulo 4).
+    """
+    routes: dict[int, IntrSpec] = {}
+    for spec in vdevs:
+        if spec.pci is not None:
+            automatic = pci.intx[spec.pci.device % len(pci.intx)]
+            if spec.intr is not None or spec.pci.device not in routes:
+                routes[spec.pci.device] = spec.intr or automatic
+    return routes
+
+
 def layout_of(
-    board: Board, memory: Sequence[MemorySpec], vdevs: Iterable[VdevSpec], classes: Mapping[str, type[Vdev]]
+    board: Board,
+    memory: Sequence[MemorySpec],
+    vdevs: Sequence[VdevSpec],
+    classes: Mapping[str, type[Vdev]],
+    *,
+    pci: bool = False,
 ) -> Layout:
-    """The layout of vdevs whose classes are known (by type); others are left out."""
+    """The layout of vdevs whose classes are known (by type); others are left out.
+
+    ``pci``: the machine has a PCI bus, so its windows and interrupts are taken.
+    """
     rows = [MemoryRow(m.start, m.size, "rom" if m.rom else "ram", "rom" if m.rom else "ram") for m in memory]
     for controller in board.controllers:
         rows += [MemoryRow(base, size, "controller", controller.name) for base, size in controller.windows]
     lines = []
+    if pci and board.pci is not None:
+        rows += _pci_rows(board.pci)
+        lines += _pci_lines(board.pci, vdevs)
     for spec in vdevs:
         cls = classes.get(spec.type)
-        if cls is None:
+        if cls is None or spec.pci is not None:
             continue
         if spec.loc is not None:
             placed = place_windows(spec.loc, cls.windows)
@@ -89,6 +119,31 @@ def layout_of(
     )
 
 
+def _pci_rows(pci: PciHost) -> list[MemoryRow]:
+    narrow, wide = pci.apertures
+    return [
+        MemoryRow(*pci.ecam, "pci", "configuration"),
+        MemoryRow(*narrow, "pci", "32-bit BARs"),
+        MemoryRow(*wide, "pci", "64-bit BARs"),
+        MemoryRow(pci.msi.base, pci.msi.size, "controller", f"{pci.msi.controller} MSI frame"),
+    ]
+
+
+def _pci_lines(pci: PciHost, vdevs: Sequence[VdevSpec]) -> list[InterruptRow]:
+    """One row per line: automatic ones are shared, those of an ``intr`` are not."""
+    rows, shared = [], dict[IntrSpec, list[VdevSpec]]()
+    own = {spec.pci.device for spec in vdevs if spec.pci is not None and spec.intr is not None}
+    for spec in vdevs:
+        if spec.pci is not None and spec.intr is not None:
+            rows.append(InterruptRow(spec.intr, spec.name, "level", spec))
+        elif spec.pci is not None and spec.pci.device not in own:
+            shared.setdefault(pci.intx[spec.pci.device % len(pci.intx)], []).append(spec)
+    for intr, users in shared.items():
+        names = ", ".join(spec.name for spec in users)
+        rows.append(InterruptRow(intr, names, "level", users[0], automatic=True))
+    return rows
+
+
 def layout(spec: MachineSpec, board: Board, classes: Mapping[str, type[Vdev]]) -> Layout:
     """The layout of a composed machine."""
-    return layout_of(board, spec.memory, spec.vdevs, classes)
+    return layout_of(board, spec.memory, spec.vdevs, classes, pci=spec.pci)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from qvmcore import boards
 from qvmcore.bind import DefaultBindings, bind_irqs, bind_windows
+from qvmcore.bind_pci import PciBinding
 from qvmcore.boards import Board, DescribedVdev
 from qvmcore.bus import AddressSpace
 from qvmcore.engine import Engine, Guest, GuestConfig
@@ -65,6 +66,7 @@ class Machine:
         self.plan = TerminationPlan()
         self._host = host
         self._events: queue.SimpleQueue[GuestEnd | str] = queue.SimpleQueue()
+        self._bindings = DefaultBindings()
         self._memory = GuestMemory()
         self._guest: Guest | None = None
         #: Whether the guest was started; decides between exit codes 64 and 96.
@@ -74,7 +76,7 @@ class Machine:
     def build(cls, spec: MachineSpec, host: PluginHost) -> Machine:
         """Create the vdev objects of a checked spec; opens nothing and starts nothing."""
         machine = cls(spec, host, boards.get(spec.board))
-        host.register(DefaultBindings())
+        host.register(machine._bindings)
         slots = []
         for vdev_spec in spec.vdevs:
             vdev_class = host.vdev_class(vdev_spec.type)
@@ -137,17 +139,30 @@ class Machine:
     def _start(self, engine: Engine) -> None:
         self._memory = memory = GuestMemory.allocate(self.spec.memory)
         bus = AddressSpace(self._unsupported)
+        pci = self.board.pci if self.spec.pci else None
         config = GuestConfig(
-            self.board.arch, self.spec.cpus, memory, bus, self.board.controllers, self._guest_ended
+            self.board.arch,
+            self.spec.cpus,
+            memory,
+            bus,
+            self.board.controllers,
+            self._guest_ended,
+            pci.msi if pci is not None else None,
         )
         guest = engine.create_guest(config)
         self._guest = guest
+        functions = PciBinding(pci, self.slots, self._host, self._bindings) if pci is not None else None
         bind_irqs(self.slots, self._host, guest)
+        if functions is not None:
+            functions.bind_irqs(guest)
         for callback in self._host.termination_callbacks(self):
             self.plan.add(callback)
         for slot in self.slots:
             slot.configure(memory)
         bind_windows(self.slots, self._host, bus)
+        if functions is not None:
+            functions.bind_functions(guest, bus)
+        bus.freeze()
         entry = load_guest(
             self.spec.load,
             memory,

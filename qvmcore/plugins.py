@@ -24,7 +24,7 @@ from qvmcore.engine import Engine, Guest
 from qvmcore.errors import PluginError, nearest
 from qvmcore.irq import IrqLine
 from qvmcore.termination import TerminationCallback
-from qvmcore.types import IntrSpec, MmioHandler, VdevSpec, Window
+from qvmcore.types import IntrSpec, MmioHandler, PciAddress, VdevSpec, Window
 from qvmcore.vdev import Vdev, VdevContext
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ _GROUP = re.compile(r"qvm\.(vdev|engine|command)\.v(\d+)")
 KNOWN = {
     "virtio-blk": "qvm-virtio-blk",
     "virtio-console": "qvm-virtio-console",
+    "virtio-net": "qvm-virtio-net",
     "virtio-entropy": "qvm-virtio-entropy",
+    "pci-dummy": "qvm-pci-dummy",
     "pl011": "qvm-primecell",
     "pl061": "qvm-primecell",
     "emulated": "qvm-emulator",
@@ -267,6 +269,11 @@ class PluginHost:
     def bind_mmio(self, vdev: Vdev, index: int, window: Window) -> MmioHandler:
         """qvm_bind_mmio."""
         handler: MmioHandler = self._manager.hook.qvm_bind_mmio(vdev=vdev, index=index, window=window)
+        return handler
+
+    def bind_pci_config(self, vdev: Vdev, address: PciAddress) -> MmioHandler:
+        """qvm_bind_pci_config."""
+        handler: MmioHandler = self._manager.hook.qvm_bind_pci_config(vdev=vdev, address=address)
         return handler
 
     def bind_irq(self, vdev: Vdev, index: int, intr: IntrSpec, guest: Guest) -> IrqLine:

@@ -240,6 +240,8 @@ class VdevSpec:
     key_sources: Mapping[str, Source] = field(default_factory=dict)
     label: str = ""
     base_dir: Path = Path()
+    #: Its place on PCI bus 0; None for a vdev with an address of its own.
+    pci: PciAddress | None = None
 
     @property
     def where(self) -> str:
@@ -262,3 +264,5 @@ class MachineSpec:
     shutdown_timeout: float = 10.0
     source: Source = Source("<builtin>")
     base_dir: Path = Path()
+    #: Whether the machine has a PCI bus.
+    pci: bool = False

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from qvmcore.engine import Controller
+from qvmcore.engine import Controller, MsiFrame
 from qvmcore.types import IntrSpec, MachineSpec, VdevSpec
 from qvmcore.vdev import Vdev
 
@@ -48,6 +48,21 @@ class ImplicitVdev:
     options: Mapping[str, object] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class PciHost:
+    """Where PCI bus 0 is on a board that can have one.
+
+    ``ecam`` is the (base, size) of the configuration window, ``apertures`` the (base, size) ranges
+    BARs live in: 32-bit first, 64-bit second. ``intx`` are the lines of the four INTx pins;
+    ``msi`` is where messages go.
+    """
+
+    ecam: tuple[int, int]
+    apertures: tuple[tuple[int, int], tuple[int, int]]
+    intx: tuple[IntrSpec, IntrSpec, IntrSpec, IntrSpec]
+    msi: MsiFrame
+
+
 class Board(Protocol):
     """What the core asks of a board. All addresses and sizes are bytes."""
 
@@ -78,6 +93,10 @@ class Board(Protocol):
     @property
     def controllers(self) -> tuple[Controller, ...]:
         """The interrupt controllers, provided by the engine."""
+
+    @property
+    def pci(self) -> PciHost | None:
+        """Its PCI bus, which a machine has when a vdev is on it; None when the board cannot."""
 
     @property
     def implicit(self) -> tuple[ImplicitVdev, ...]:

@@ -6,6 +6,12 @@
     0x08010000  GICv2 CPU interface 0x09030000  gpio0  pl061  gic:39  (power button)
     0x40000000  RAM
 
+and, when a vdev is on PCI::
+
+    0x08020000  GICv2m MSI frame, SPI 80-207        0x10000000  ECAM of bus 0
+    0x20000000  BARs, 32-bit, to 0x3effffff         0x8000000000  BARs, 64-bit
+    gic:35-38   INTA to INTD, swizzled by device number
+
 The addresses are those of the widely used "virt" machine, so kernels with ``earlycon`` set for it
 print here too. Bindings: Documentation/devicetree/bindings of Linux; interrupts of a GIC are
 three cells (0 = SPI / 1 = PPI, number, trigger), INTID 32 is SPI 0 and INTID 16 is PPI 0.
@@ -16,8 +22,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from qvmcore.boards import DescribedVdev, ImplicitVdev, Placement
-from qvmcore.engine import Controller
+from qvmcore.boards import DescribedVdev, ImplicitVdev, PciHost, Placement
+from qvmcore.boards.arm64_pci import describe_pci
+from qvmcore.engine import Controller, MsiFrame
 from qvmcore.fdt import DeviceTree, Node
 from qvmcore.layout import place_windows
 from qvmcore.types import IntrSpec, MachineSpec, Trigger
@@ -58,8 +65,14 @@ class Arm64Virt:
         ImplicitVdev("pl011", "uart0", 0x0900_0000, IntrSpec("gic", 33), {"hostdev": "stdio"}),
         ImplicitVdev("pl061", "gpio0", 0x0903_0000, IntrSpec("gic", 39)),
     )
+    pci = PciHost(
+        ecam=(0x1000_0000, 0x10_0000),
+        apertures=((0x2000_0000, 0x1F00_0000), (0x80_0000_0000, 0x80_0000_0000)),
+        intx=(IntrSpec("gic", 35), IntrSpec("gic", 36), IntrSpec("gic", 37), IntrSpec("gic", 38)),
+        msi=MsiFrame("gicv2m", "gic", 0x0802_0000, 0x1000, range(112, 240)),
+    )
     vdev_space = range(0x1C0D_0000, 0x2000_0000, 0x1_0000)
-    vdev_lines = range(41, 288)
+    vdev_lines = range(41, 112)
 
     def build_fdt(
         self, spec: MachineSpec, vdevs: Sequence[DescribedVdev], placement: Placement | None = None
@@ -83,8 +96,15 @@ class Arm64Virt:
                 node = root.child(f"memory@{memory.start:x}")
                 node.set_string("device_type", "memory")
                 node.set_cells64("reg", memory.start, memory.size)
+        if spec.pci:
+            describe_pci(root, gic, self.pci, spec.vdevs)
         # Every node exists before any vdev describes itself, so one may refer to another.
-        nodes = [(each, _announce(root, each)) for each in vdevs if each.vdev.fdt_compatible]
+        # A PCI function needs no node: the guest finds it by itself.
+        nodes = [
+            (each, _announce(root, each))
+            for each in vdevs
+            if each.vdev.fdt_compatible and each.spec.pci is None
+        ]
         for each, node in nodes:
             each.vdev.describe_fdt(node)
             if node.has("interrupt-controller") and not node.has("#address-cells"):

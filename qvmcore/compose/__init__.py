@@ -13,6 +13,7 @@ from typing import Protocol
 from qvmcore import boards
 from qvmcore.boards import Board
 from qvmcore.compose.checks import check_file, check_layout, check_memory
+from qvmcore.compose.pci import assign_pci
 from qvmcore.compose.sources import ARRAYS, Item, Problems, Table, apply_override, read_files
 from qvmcore.compose.tables import (
     PLANNED,
@@ -72,9 +73,14 @@ def compose(files: Iterable[str | Path], overrides: Sequence[str], host: Plugins
     memory = _memory(root, system, table, board, problems)
     load = _load(root, problems)
     vdevs, classes = build_vdevs(array(root, "vdev", problems), board, host, problems)
+    pci = False
     if board is not None:
+        vdevs = assign_pci(board, vdevs, classes, problems)
+        pci = system.pci or any(spec.pci is not None for spec in vdevs)
+        if system.pci and board.pci is None:
+            problems.add(table.source_of("pci"), "system", f"pci: {board.name} has no PCI bus")
         check_memory(memory, board, problems)
-        check_layout(board, memory, vdevs, classes, problems)
+        check_layout(board, memory, vdevs, classes, problems, pci=pci)
     problems.raise_if_any()
     return MachineSpec(
         name=name,
@@ -88,6 +94,7 @@ def compose(files: Iterable[str | Path], overrides: Sequence[str], host: Plugins
         shutdown_timeout=system.shutdown_timeout,
         source=root.source,
         base_dir=root.base_dir.absolute(),
+        pci=pci,
     )
 
 

@@ -8,6 +8,7 @@ from itertools import combinations
 from pathlib import Path
 
 from qvmcore.boards import Board
+from qvmcore.compose.pci import can_be_pci
 from qvmcore.compose.sources import Problems
 from qvmcore.errors import nearest
 from qvmcore.layout import InterruptRow, Layout, MemoryRow, layout_of
@@ -49,13 +50,15 @@ def check_layout(
     vdevs: Sequence[VdevSpec],
     classes: Mapping[str, type[Vdev]],
     problems: Problems,
+    *,
+    pci: bool = False,
 ) -> None:
-    """Places and interrupts: missing, outside, clashing."""
-    layout = layout_of(board, [spec for spec, _ in memory], vdevs, classes)
+    """Places and interrupts: missing, outside, clashing. ``pci``: the machine has a PCI bus."""
+    layout = layout_of(board, [spec for spec, _ in memory], vdevs, classes, pci=pci)
     free = _Free(board, layout)
     for spec in vdevs:
         _check_loc(spec, classes[spec.type], board, free, problems)
-        _check_intr(spec, classes[spec.type], board, free, problems)
+        _check_intr(spec, classes[spec.type], board, free, problems, pci=pci)
     sources = {(spec.start, spec.size): source for spec, source in memory}
     for first, second in combinations(layout.memory, 2):
         if first.overlaps(second):
@@ -109,9 +112,11 @@ def _key_source(spec: VdevSpec, key: str) -> Source:
 def _check_loc(spec: VdevSpec, cls: type[Vdev], board: Board, free: _Free, problems: Problems) -> None:
     size = sum(window.size for window in cls.windows)
     at = _key_source(spec, "loc")
+    if spec.pci is not None or (spec.loc is None and can_be_pci(cls) and board.pci is not None):
+        return
     if spec.loc is None:
         if size:
-            text = "missing key 'loc': PCI is not built yet, so a vdev with registers needs an address"
+            text = "missing key 'loc': this vdev is not a PCI device, so it needs an address"
             problems.add(at, spec.where, text, f"write loc = {free.loc(size)}")
     elif not size:
         problems.add(at, spec.where, "loc: this vdev has no registers", "remove loc")
@@ -122,10 +127,13 @@ def _check_loc(spec: VdevSpec, cls: type[Vdev], board: Board, free: _Free, probl
         problems.add(at, spec.where, text, f"addresses end at {board.address_limit:#x}")
 
 
-def _check_intr(spec: VdevSpec, cls: type[Vdev], board: Board, free: _Free, problems: Problems) -> None:
+def _check_intr(
+    spec: VdevSpec, cls: type[Vdev], board: Board, free: _Free, problems: Problems, *, pci: bool
+) -> None:
     at = _key_source(spec, "intr")
+    on_pci = spec.pci is not None or (spec.loc is None and can_be_pci(cls) and board.pci is not None)
     if spec.intr is None:
-        if cls.irqs:
+        if cls.irqs and not on_pci:
             text = "missing key 'intr': this vdev needs an interrupt"
             problems.add(at, spec.where, text, f'write intr = "{free.intr(cls.irqs)}"')
         return
@@ -140,12 +148,21 @@ def _check_intr(spec: VdevSpec, cls: type[Vdev], board: Board, free: _Free, prob
         hint = nearest(spec.intr.controller, controllers) or f"{board.name} has {known}"
         problems.add(at, spec.where, text, hint)
         return
-    last = spec.intr.number + cls.irqs - 1
+    lines = 1 if on_pci else cls.irqs
+    last = spec.intr.number + lines - 1
     if spec.intr.number not in controller.lines or last not in controller.lines:
-        lines = controller.lines
-        needs = f" (the vdev needs {cls.irqs})" if cls.irqs > 1 else ""
+        needs = f" (the vdev needs {lines})" if lines > 1 else ""
         text = f"intr: {spec.intr} is out of range{needs}"
-        hint = f"{controller.name} has {lines.start} to {lines.stop - 1} for vdevs"
+        hint = f"{controller.name} has {controller.lines.start} to {controller.lines.stop - 1} for vdevs"
+        problems.add(at, spec.where, text, hint)
+        return
+    msi = board.pci.msi if pci and board.pci is not None else None
+    if msi is None or msi.controller != controller.name:
+        return
+    if spec.intr.number in msi.lines or last in msi.lines:
+        text = f"intr: {spec.intr} belongs to PCI's message interrupts"
+        used = f"{msi.controller}:{msi.lines.start} to {msi.controller}:{msi.lines.stop - 1}"
+        hint = f'{used} are taken; write intr = "{free.intr(lines)}"'
         problems.add(at, spec.where, text, hint)
 
 
@@ -163,6 +180,8 @@ def _report_overlap(
     if other.kind in ("ram", "rom"):
         verb = "is on" if blamed.kind == "vdev" else "overlaps"
         problems.add(at, where, f"{subject} {verb} {other.kind.upper()} {other}")
+    elif other.kind == "pci":
+        problems.add(at, where, f"{subject} overlaps PCI's window for {other.owner} {other}")
     elif other.kind == "controller":
         problems.add(at, where, f"{subject} overlaps the interrupt controller {other.owner} {other}")
     else:
@@ -183,7 +202,11 @@ def _owner(name: str, spec: VdevSpec | None) -> str:
 
 def _report_interrupt_clash(one: InterruptRow, other: InterruptRow, problems: Problems) -> None:
     later, earlier = (one, other) if _spec_rank(one.spec) >= _spec_rank(other.spec) else (other, one)
+    if later.automatic:
+        later, earlier = earlier, later
     text = f"intr: {later.intr} is already used by {_owner(earlier.owner, earlier.spec)}"
+    if earlier.automatic:
+        text = f"intr: {later.intr} is the PCI interrupt of {earlier.owner}"
     problems.add(_key_source(later.spec, "intr"), later.spec.where, text)
 
 

@@ -30,6 +30,9 @@ class SystemTable(msgspec.Struct, frozen=True, rename="kebab"):
         Literal["ignore", "abort"],
         msgspec.Meta(description="what an access to nothing does: reads give all ones, or the VM ends"),
     ] = "ignore"
+    pci: Annotated[
+        bool, msgspec.Meta(description="a PCI bus even without a vdev on it; with one it is always there")
+    ] = False
     shutdown_timeout: Annotated[
         float, msgspec.Meta(ge=0, le=3600, description="seconds from power button to power cut")
     ] = 10.0
@@ -60,7 +63,9 @@ class VdevTable(msgspec.Struct, frozen=True, rename="kebab"):
 
     type: Annotated[str, msgspec.Meta(description="what it is; qvm vdev lists the types")] = ""
     name: Annotated[str, msgspec.Meta(description="its name; default: the type and a number")] = ""
-    loc: Annotated[Address | None, msgspec.Meta(description="guest address of its registers")] = None
+    loc: Annotated[
+        Address | None, msgspec.Meta(description="guest address of its registers, or pci:0:DEVICE[.FUNCTION]")
+    ] = None
     intr: Annotated[IntrSpec | None, msgspec.Meta(description="its interrupt, e.g. gic:41")] = None
     on_fault: Annotated[
         Literal["isolate", "shutdown"],

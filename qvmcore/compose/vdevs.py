@@ -12,7 +12,7 @@ from qvmcore.compose.sources import Problems, Table
 from qvmcore.compose.tables import COMMON_KEYS, VdevTable, check_name, read_table, report
 from qvmcore.errors import PluginError, nearest
 from qvmcore.options import OptionProblem, convert_options
-from qvmcore.types import Source, VdevSpec
+from qvmcore.types import PciAddress, Source, VdevSpec
 from qvmcore.vdev import Vdev
 
 
@@ -108,13 +108,14 @@ class _Builder:
         """The vdev of one table; None when it is too wrong for further checks."""
         vdev_type = table.get("type") or (claim.type if claim else None)
         where = f"vdev[{index}] ({vdev_type})" if vdev_type else f"vdev[{index}]"
-        loc = table.get("loc")
+        own_keys = [key for key in table.items if key.replace("-", "_") not in _COMMON]
+        pci, loc = None, table.get("loc")
         is_pci = isinstance(loc, str) and loc.strip().startswith("pci:")
         if is_pci:
-            message = f"loc: {loc!r} is a PCI address, and PCI devices are not built yet"
-            hint = "write an address such as loc = 0x1c0d0000"
-            self._problems.add(table.source_of("loc"), where, message, hint)
-        own_keys = [key for key in table.items if key.replace("-", "_") not in _COMMON]
+            try:
+                pci = PciAddress.parse(str(loc))
+            except ValueError as error:
+                self._problems.add(table.source_of("loc"), where, f"loc: {error}")
         skipped = [*own_keys, "loc"] if is_pci else own_keys
         common = read_table(VdevTable, table, where, self._problems, skipped)
         if common is None or not isinstance(vdev_type, str):
@@ -130,7 +131,8 @@ class _Builder:
             type=vdev_type,
             name=name,
             options=self._options(cls, table, where),
-            loc=claim.loc if common.loc is None and claim and same_kind else common.loc,
+            loc=claim.loc if common.loc is None and not is_pci and claim and same_kind else common.loc,
+            pci=pci,
             intr=claim.intr if common.intr is None and claim and same_kind else common.intr,
             on_fault=common.on_fault,
             source=table.source,

@@ -27,6 +27,8 @@ class ScriptedGuest:
     def __init__(self, config: GuestConfig, script: Script) -> None:
         self.config = config
         self.irqs: dict[int, FakeIrq] = {}
+        #: The messages devices have sent: (address, data).
+        self.messages: list[tuple[int, int]] = []
         self.stopping = threading.Event()
         self.closed = False
         self._script = script
@@ -59,6 +61,10 @@ class ScriptedGuest:
     def irq_line(self, intr: IntrSpec) -> FakeIrq:
         """A counting line for each number."""
         return self.irqs.setdefault(intr.number, FakeIrq())
+
+    def signal_msi(self, address: int, data: int) -> None:
+        """Remember the message."""
+        self.messages.append((address, data))
 
     def start(self, entry: CpuEntry) -> None:
         """Run the script on its thread."""

@@ -71,8 +71,8 @@ def test_listing_an_implicit_vdev_changes_only_its_keys(folder: Path) -> None:
 def test_a_second_vdev_of_an_implicit_type_needs_its_own_place(folder: Path) -> None:
     two = '[[vdev]]\ntype = "pl011"\n' * 2
     assert errors(folder, BASE + two) == [
-        "vm.toml:8: vdev[1] (pl011): missing key 'loc': PCI is not built yet, so a vdev with registers "
-        "needs an address; write loc = 0x1c0d0000",
+        "vm.toml:8: vdev[1] (pl011): missing key 'loc': this vdev is not a PCI device, so it needs "
+        "an address; write loc = 0x1c0d0000",
         "vm.toml:8: vdev[1] (pl011): missing key 'intr': this vdev needs an interrupt; "
         'write intr = "gic:41"',
     ]
@@ -243,11 +243,11 @@ def replaced(old: str, new: str) -> str:
          "vm.toml:9: vdev[0] (disk): loc: 0x10000000000 is behind the address space of arm64-virt; "
          "addresses end at 0x10000000000"),
         (replaced("0x1c0d0000", '"pci:0:5"'),
-         "vm.toml:9: vdev[0] (disk): loc: 'pci:0:5' is a PCI address, and PCI devices are not built yet; "
+         "vm.toml:9: vdev[0] (disk): loc: pci:0:5 is a PCI address, and a disk is not a PCI device; "
          "write an address such as loc = 0x1c0d0000"),
         (replaced("loc = 0x1c0d0000\n", ""),
-         "vm.toml:6: vdev[0] (disk): missing key 'loc': PCI is not built yet, so a vdev with registers "
-         "needs an address; write loc = 0x1c0d0000"),
+         "vm.toml:6: vdev[0] (disk): missing key 'loc': this vdev is not a PCI device, so it needs "
+         "an address; write loc = 0x1c0d0000"),
         (replaced('intr = "gic:41"\n', ""),
          "vm.toml:6: vdev[0] (disk): missing key 'intr': this vdev needs an interrupt; "
          'write intr = "gic:41"'),

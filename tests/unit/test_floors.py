@@ -21,7 +21,19 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"hookspecs", "api"}),
     frozenset({"plugins"}),
     frozenset(
-        {"compose", "toml_source", "layout", "bind", "slot", "boards", "fdt", "load", "signals", "dump"}
+        {
+            "compose",
+            "toml_source",
+            "layout",
+            "bind",
+            "bind_pci",
+            "slot",
+            "boards",
+            "fdt",
+            "load",
+            "signals",
+            "dump",
+        }
     ),
     frozenset({"machine"}),
     frozenset({"cli"}),
@@ -83,6 +95,10 @@ SAME_FLOOR: list[set[str]] = [
     {"boards", "fdt"},
     {"load", "boards"},
     {"bind", "slot"},
+    {"bind", "bind_pci"},
+    {"bind_pci", "slot"},
+    {"bind_pci", "boards"},
+    {"bind_pci", "layout"},
 ]
 
 

@@ -15,6 +15,7 @@ from functools import partial
 
 from qvm_emulator.cpu import Cpu, Window, Wiring
 from qvm_emulator.gicv2 import GicV2
+from qvm_emulator.gicv2m import GicV2m
 from qvm_emulator.psci import Psci
 from qvm_emulator.timer import NEVER, PHYSICAL_PPI, VIRTUAL_PPI, TimerChannel, now_ns
 from qvmcore.api import CpuEntry, EngineError, GuestConfig, GuestEnd, IntrSpec, IrqLine, Reason
@@ -81,6 +82,7 @@ class EmulatedGuest:
         if len(self._controller.windows) != 2:
             raise EngineError("a gicv2 has two windows: the distributor and the CPU interface")
         self._gic = GicV2(max(self._controller.lines.stop, 64))
+        self._frame = _msi_frame(config, self._gic)
         self._alarm = Wakeup()
         self._alarm_until = 0  # when the alarm thread wakes by itself; 0 while it is awake
         self._wake = Wakeup()
@@ -108,6 +110,11 @@ class EmulatedGuest:
                 f"lines {self._controller.lines.start} to {self._controller.lines.stop - 1}"
             )
         return GicLine(self._gic, intr.number)
+
+    def signal_msi(self, address: int, data: int) -> None:
+        """A device's message: it raises a line when it hits the frame's doorbell; any thread."""
+        if self._frame is not None:
+            self._frame.message(address, data)
 
     def start(self, entry: CpuEntry) -> None:
         """Start the vCPU at ``entry`` and return."""
@@ -258,13 +265,16 @@ class EmulatedGuest:
 
     def _wiring(self) -> Wiring:
         (dist, dist_size), (cpu, cpu_size) = self._controller.windows
-        gic = self._gic
+        gic, frame = self._gic, self._frame
+        windows = [
+            Window(dist, dist_size, gic.dist_read, gic.dist_write),
+            Window(cpu, cpu_size, gic.cpu_read, gic.cpu_write),
+        ]
+        if frame is not None:
+            windows.append(Window(frame.base, frame.size, frame.read, frame.write))
         return Wiring(
             memory=self._config.memory,
-            windows=(
-                Window(dist, dist_size, gic.dist_read, gic.dist_write),
-                Window(cpu, cpu_size, gic.cpu_read, gic.cpu_write),
-            ),
+            windows=tuple(windows),
             bus_read=self._config.bus.read,
             bus_write=self._config.bus.write,
             hypercall=self._psci.call,
@@ -272,3 +282,15 @@ class EmulatedGuest:
             physical_timer=self._timers[1],
             failed=self._fail,
         )
+
+
+def _msi_frame(config: GuestConfig, gic: GicV2) -> GicV2m | None:
+    """The MSI frame of a machine with PCI. Raises EngineError for one that cannot be."""
+    msi = config.msi
+    if msi is None:
+        return None
+    if msi.kind != "gicv2m":
+        raise EngineError(f"the emulated engine has MSI frames of the kind gicv2m, not {msi.kind}")
+    if not 32 <= msi.lines.start < msi.lines.stop <= gic.lines:
+        raise EngineError(f"the MSI frame's lines {msi.lines} are not shared interrupts of the controller")
+    return GicV2m(gic, msi.base, msi.size, msi.lines)

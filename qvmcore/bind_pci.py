@@ -1,0 +1,78 @@
+"""Freeze for PCI (floor 8): the bus of a machine, its functions, their BARs and interrupts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qvmcore.bind import DefaultBindings, bind_window
+from qvmcore.boards import PciHost
+from qvmcore.bus import AddressSpace
+from qvmcore.engine import Guest
+from qvmcore.errors import PluginError
+from qvmcore.layout import pci_routes
+from qvmcore.pci.function import PciFunction
+from qvmcore.pci.host import ECAM_WINDOW, HostBridge
+from qvmcore.pci.intx import SharedLine
+from qvmcore.pci.vdev import PciVdev, function_of, interrupts_of
+from qvmcore.plugins import PluginHost
+from qvmcore.slot import VdevSlot
+from qvmcore.types import IntrSpec, MmioHandler
+from qvmcore.virtio.device import VirtioVdev
+from qvmcore.virtio.pci import PciTransport
+
+
+class PciBinding:
+    """Connects the PCI vdevs of one machine, on the main thread: interrupts first, functions later."""
+
+    def __init__(
+        self, pci: PciHost, slots: Sequence[VdevSlot], host: PluginHost, own: DefaultBindings
+    ) -> None:
+        self._pci = pci
+        self._slots = [slot for slot in slots if slot.spec.pci is not None]
+        self._host = host
+        self._own = own
+        self._routes = pci_routes(pci, [slot.spec for slot in self._slots])
+
+    def bind_irqs(self, guest: Guest) -> None:
+        """Before any vdev is configured: its worker may signal at once."""
+        for slot in self._slots:
+            if issubclass(slot.cls, PciVdev):
+                self._own.interrupts[id(slot.vdev)] = interrupts_of(slot.cls)
+                for index in range(slot.cls.irqs):
+                    slot.lines[index] = self._host.bind_irq(slot.vdev, index, self._route(slot), guest)
+
+    def bind_functions(self, guest: Guest, bus: AddressSpace) -> None:
+        """When every vdev is configured. Raises PluginError for an impossible function."""
+        bridge = HostBridge(bus, self._pci.apertures, guest.signal_msi)
+        lines = {intr: SharedLine(guest.irq_line(intr)) for intr in set(self._routes.values())}
+        for slot in self._slots:
+            function = self._own.functions[id(slot.vdev)] = self._function(slot)
+            for index, bar in enumerate(function.bars):
+                function.bind_bar(index, bind_window(slot, self._host, index, bar.window))
+            assert slot.spec.pci is not None
+            config = self._host.bind_pci_config(slot.vdev, slot.spec.pci)
+            if not isinstance(config, MmioHandler):
+                text = f"{slot.spec.where}: qvm_bind_pci_config gave {config!r}, not an MmioHandler"
+                raise PluginError(text)
+            line = lines[self._route(slot)]
+            bridge.add(slot.spec.pci, function, slot.guard(config), line, slot.name)
+        bridge.start()
+        ecam, _ = self._pci.ecam
+        bus.insert(ecam, ECAM_WINDOW, MmioHandler(bridge.ecam_read, bridge.ecam_write), "PCI configuration")
+
+    def _route(self, slot: VdevSlot) -> IntrSpec:
+        assert slot.spec.pci is not None
+        return self._routes[slot.spec.pci.device]
+
+    def _function(self, slot: VdevSlot) -> PciFunction:
+        vdev = slot.vdev
+        try:
+            if isinstance(vdev, PciVdev):
+                return function_of(vdev, self._own.interrupts[id(vdev)])
+            assert isinstance(vdev, VirtioVdev)
+            function = PciTransport(vdev).function
+        except ValueError as error:
+            raise PluginError(f"{slot.spec.where}: {error}") from error
+        # A device that fails lets its interrupt fall, as every vdev does.
+        slot.lines[0] = function.interrupts.line(0)
+        return function

@@ -1,0 +1,33 @@
+"""INTx lines shared by several functions (floor 4): the wired-or of their levels."""
+
+from __future__ import annotations
+
+import threading
+
+from qvmcore.irq import IrqLine
+
+
+class SharedLine:
+    """One input of the interrupt controller with several drivers. Safe from any thread."""
+
+    def __init__(self, line: IrqLine) -> None:
+        self._line = line
+        self._lock = threading.Lock()
+        self._high: set[object] = set()
+
+    def drive(self, driver: object, level: bool) -> None:
+        """``driver`` wants the line high, or no longer; it is high while anyone does."""
+        with self._lock:
+            before = bool(self._high)
+            if level:
+                self._high.add(driver)
+            else:
+                self._high.discard(driver)
+            if bool(self._high) != before:
+                self._line.set(not before)
+
+    def pulse(self) -> None:
+        """Signal once; a line that is high signals anyway."""
+        with self._lock:
+            if not self._high:
+                self._line.pulse()

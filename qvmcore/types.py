@@ -201,5 +201,6 @@ class MachineSpec:
     vdevs: tuple[VdevSpec, ...]
     unsupported: str = "ignore"
     shutdown_timeout: float = 10.0
+    dump_dir: Path = Path()
     source: Source = Source("<builtin>")
     base_dir: Path = Path()

@@ -7,7 +7,7 @@ windows goes through ``GuestConfig.bus``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -90,8 +90,17 @@ class Guest(Protocol):
     def stop(self, timeout: float) -> bool:
         """Stop every vCPU; idempotent. False when one did not stop within ``timeout`` seconds."""
 
-    def registers(self) -> Mapping[str, int]:
-        """Register values of the boot CPU; meaningful when stopped."""
+    def pause(self, timeout: float) -> bool:
+        """Hold every vCPU between two instructions until :meth:`resume`; not from a vCPU thread.
+
+        False when one did not come to rest within ``timeout`` seconds; all run on then.
+        """
+
+    def resume(self) -> None:
+        """Let the vCPUs run again; harmless when they do."""
+
+    def registers(self) -> Sequence[Mapping[str, int]]:
+        """The registers of each vCPU by name; meaningful when paused or stopped."""
 
     def status(self) -> Mapping[str, object]:
         """Counters for ``qvm`` status output; cheap, any thread."""

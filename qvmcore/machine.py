@@ -20,8 +20,9 @@ from qvmcore.bind import DefaultBindings, bind_irqs, bind_windows
 from qvmcore.bind_pci import PciBinding
 from qvmcore.boards import Board, DescribedVdev
 from qvmcore.bus import AddressSpace
+from qvmcore.dump import write_dump
 from qvmcore.engine import Engine, Guest, GuestConfig
-from qvmcore.errors import EngineError
+from qvmcore.errors import EngineError, HostError
 from qvmcore.load import load_guest
 from qvmcore.memory import GuestMemory
 from qvmcore.plugins import PluginHost
@@ -212,7 +213,7 @@ class Machine:
             if event == "SIGUSR1":
                 self._log_status()
             elif event == "SIGUSR2":
-                log.warning("SIGUSR2: this qvm cannot dump a guest; the guest goes on")
+                self._dump()
             elif deadline is not None:
                 return GuestEnd(Reason.POWER_CUT, f"power cut by a second {event}")
             elif self._button():
@@ -240,6 +241,21 @@ class Machine:
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         return bool(told)
+
+    def _dump(self) -> None:
+        guest = self._guest
+        assert guest is not None
+        if not guest.pause(VCPU_STOP_TIMEOUT):
+            log.error("SIGUSR2: a vCPU did not pause within %g s; no dump", VCPU_STOP_TIMEOUT)
+            return
+        try:
+            spec = self.spec
+            path = write_dump(spec.dump_dir, spec.name, self.board.arch, self._memory, guest.registers())
+            log.info("SIGUSR2: guest dump in %s", path)
+        except HostError as error:
+            log.error("SIGUSR2: %s", error)
+        finally:
+            guest.resume()
 
     def _log_status(self) -> None:
         if self._guest is not None:

@@ -1,8 +1,7 @@
 """Signals as events (floor 8): handlers only put a name into the machine's queue.
 
 SIGTERM, SIGINT and SIGHUP press the power button, a second one cuts the power; SIGQUIT cuts it at
-once; SIGUSR1 logs the status; SIGUSR2, QNX's guest dump, is refused in the log. SIGPIPE stays ignored
-as Python sets it.
+once; SIGUSR1 logs the status; SIGUSR2 writes a guest dump. SIGPIPE stays ignored as Python sets it.
 """
 
 from __future__ import annotations

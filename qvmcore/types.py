@@ -262,6 +262,7 @@ class MachineSpec:
     vdevs: tuple[VdevSpec, ...]
     unsupported: str = "ignore"
     shutdown_timeout: float = 10.0
+    dump_dir: Path = Path()
     source: Source = Source("<builtin>")
     base_dir: Path = Path()
     #: Whether the machine has a PCI bus.

@@ -31,6 +31,7 @@ def run(state: State, files: tuple[Path, ...], overrides: tuple[str, ...], engin
     SIGTERM, SIGINT (Ctrl-C)   press the power button; a second one cuts the power
     SIGQUIT                    cut the power at once
     SIGUSR1                    log the state of every vdev
+    SIGUSR2                    write a guest dump
 
     \b
     Exit code  0  the guest powered off or reset

@@ -92,6 +92,7 @@ def compose(files: Iterable[str | Path], overrides: Sequence[str], host: Plugins
         vdevs=tuple(vdevs),
         unsupported=system.unsupported,
         shutdown_timeout=system.shutdown_timeout,
+        dump_dir=system.dump or Path.cwd(),
         source=root.source,
         base_dir=root.base_dir.absolute(),
         pci=pci,

@@ -36,6 +36,7 @@ class SystemTable(msgspec.Struct, frozen=True, rename="kebab"):
     shutdown_timeout: Annotated[
         float, msgspec.Meta(ge=0, le=3600, description="seconds from power button to power cut")
     ] = 10.0
+    dump: Annotated[HostPath | None, msgspec.Meta(description="directory of guest dumps (SIGUSR2)")] = None
 
 
 class LoadTable(msgspec.Struct, frozen=True, rename="kebab"):

@@ -12,7 +12,7 @@ The "guest" is a Python function that runs on a vCPU thread and touches the bus 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 from qvmcore.api import CpuEntry, GuestConfig, GuestEnd, IntrSpec, Reason
@@ -31,6 +31,7 @@ class ScriptedGuest:
         self.messages: list[tuple[int, int]] = []
         self.stopping = threading.Event()
         self.closed = False
+        self.pauses = 0
         self._script = script
         self._thread: threading.Thread | None = None
 
@@ -79,9 +80,17 @@ class ScriptedGuest:
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
-    def registers(self) -> Mapping[str, int]:
-        """A script has none."""
-        return {}
+    def pause(self, timeout: float) -> bool:
+        """A script cannot be held; remembered in ``pauses``."""
+        self.pauses += 1
+        return True
+
+    def resume(self) -> None:
+        """Nothing to do."""
+
+    def registers(self) -> Sequence[Mapping[str, int]]:
+        """One vCPU with made-up values."""
+        return ({"x0": 0x1234, "pc": 0x4000_0000},)
 
     def status(self) -> Mapping[str, object]:
         """Interrupt counts."""

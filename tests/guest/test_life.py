@@ -184,3 +184,14 @@ def test_the_terminal_is_restored_after_every_end(files: Path, number: signal.Si
     assert termios.tcgetattr(slave) == before
     os.close(master)
     os.close(slave)
+
+
+def test_sigusr2_dumps_the_running_guest_and_it_goes_on(start: Start, files: Path) -> None:
+    vm = start("i=0; while [ $i -lt 8 ]; do i=$((i + 1)); echo tick $i; sleep 0.5; done")
+    vm.expect("tick 2")
+    vm.send(signal.SIGUSR2)
+    vm.expect("guest dump in")
+    assert vm.wait() == 0
+    assert "tick 8" in vm.text
+    (core,) = files.glob("test-*.gcore")
+    assert b"Linux version 6." in core.read_bytes()

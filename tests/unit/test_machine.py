@@ -12,14 +12,17 @@ from pathlib import Path
 
 import pluggy
 import pytest
+from elftools.elf.elffile import ELFFile
 
+from qvmcore.dump import write_dump
 from qvmcore.errors import HostError
 from qvmcore.hookspecs import hookimpl
 from qvmcore.machine import Machine, Outcome
+from qvmcore.memory import GuestMemory
 from qvmcore.termination import Phase, TerminationCallback
 from qvmcore.testing.engine import ScriptedEngine, ScriptedGuest
 from qvmcore.testing.host import FIRST_INTR, FIRST_LOC, STRIDE, machine
-from qvmcore.types import GuestEnd, MmioHandler, Reason, Window
+from qvmcore.types import GuestEnd, MemorySpec, MmioHandler, Reason, Window
 from qvmcore.vdev import Vdev
 
 ONES = 0xFFFFFFFF
@@ -488,7 +491,6 @@ def test_sigusr1_logs_the_status_and_the_vm_goes_on(tmp_path: Path, caplog: pyte
                 logged.set()
 
     def script(guest: ScriptedGuest) -> None:
-        os.kill(os.getpid(), signal.SIGUSR2)
         os.kill(os.getpid(), signal.SIGUSR1)
         assert logged.wait(10)
         guest.power_off()
@@ -501,4 +503,59 @@ def test_sigusr1_logs_the_status_and_the_vm_goes_on(tmp_path: Path, caplog: pyte
     logger.removeHandler(watch)
     assert outcome.code == 0
     assert "status() raised RuntimeError: no status" in caplog.text
-    assert "SIGUSR2: this qvm cannot dump a guest" in caplog.text
+
+
+def test_sigusr2_writes_an_elf_core_and_the_vm_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def script(guest: ScriptedGuest) -> None:
+        guest.config.memory.write(0x4010_0000, b"guest memory")
+        os.kill(os.getpid(), signal.SIGUSR2)
+        while guest.pauses < 1 or not list(tmp_path.glob("*.gcore")):
+            time.sleep(0.01)
+        guest.power_off()
+
+    caplog.set_level(logging.INFO, "qvm")
+    outcome, _ = run(tmp_path, script, dump_dir=tmp_path)
+    assert outcome.code == 0
+    (core,) = tmp_path.glob("test-????????-??????.gcore")
+    assert f"guest dump in {core}" in caplog.text
+    assert core.stat().st_mode & 0o777 == 0o600
+    assert core.stat().st_blocks * 512 < 1 << 20  # 8 MiB of RAM, nearly all of it holes
+    with core.open("rb") as file:
+        elf = ELFFile(file)
+        assert (elf["e_type"], elf["e_machine"]) == ("ET_CORE", "EM_AARCH64")
+        (load,) = (s for s in elf.iter_segments() if s["p_type"] == "PT_LOAD")
+        assert (load["p_paddr"], load["p_filesz"]) == (0x4000_0000, 8 << 20)
+        assert load.data()[0x10_0000:][:12] == b"guest memory"
+        (notes,) = (s for s in elf.iter_segments() if s["p_type"] == "PT_NOTE")
+        (note,) = notes.iter_notes()
+        assert (note["n_name"], note["n_type"]) == ("CORE", "NT_PRSTATUS")
+        status = note["n_descdata"]
+        assert (len(status), status[112:120]) == (392, (0x1234).to_bytes(8, "little"))
+        assert status[112 + 8 * 32 :][:8] == (0x4000_0000).to_bytes(8, "little")
+
+
+def test_a_dump_that_cannot_be_written_is_told_and_the_vm_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def script(guest: ScriptedGuest) -> None:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        while "cannot write the guest dump" not in caplog.text:
+            time.sleep(0.01)
+        guest.power_off()
+
+    outcome, _ = run(tmp_path, script, dump_dir=tmp_path / "absent")
+    assert outcome.code == 0
+    assert "No such file or directory" in caplog.text
+
+
+def test_dumps_of_one_second_take_alternate_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qvmcore.dump.time.strftime", lambda text: "20261122-120000")
+    memory = GuestMemory.allocate([MemorySpec(0, 1 << 16)])
+    names = [write_dump(tmp_path, "vm", "aarch64", memory, [{}]).name for _ in range(10)]
+    assert names[:2] == ["vm-20261122-120000.gcore", "vm-20261122-120000-1.gcore"]
+    assert names[9] == "vm-20261122-120000-9.gcore"
+    with pytest.raises(HostError, match="alternates exist"):
+        write_dump(tmp_path, "vm", "aarch64", memory, [{}])
+    memory.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from qvm_emulator.cpu import Cpu, Window, Wiring
@@ -88,6 +88,9 @@ class EmulatedGuest:
         self._wake = Wakeup()
         self._parked = False
         self._ending = False
+        self._pausing = False
+        self._still = threading.Event()
+        self._go = threading.Event()
         self._end_lock = threading.Lock()
         self._ended = False
         self._halts = 0
@@ -131,6 +134,7 @@ class EmulatedGuest:
     def stop(self, timeout: float) -> bool:
         """Stop the vCPU between two instructions; idempotent. False when it did not stop in time."""
         self._ending = True
+        self.resume()
         deadline = time.monotonic() + timeout
         vcpu = self._threads[0] if self._threads else None
         while True:
@@ -151,9 +155,31 @@ class EmulatedGuest:
         """Have the vCPU leave the emulated code and come back; any thread. For tests."""
         self._cpu.kick()
 
-    def registers(self) -> Mapping[str, int]:
-        """The registers of the CPU; meaningful when stopped."""
-        return self._cpu.registers()
+    def pause(self, timeout: float) -> bool:
+        """Hold the vCPU between two instructions; False when it did not come to rest in time."""
+        vcpu = self._threads[0] if self._threads else None
+        self._go.clear()
+        self._still.clear()
+        self._pausing = True
+        deadline = time.monotonic() + timeout
+        while vcpu is not None and vcpu.is_alive() and not self._still.is_set():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                self.resume()
+                return False
+            self._wake.set()
+            self._cpu.kick()  # repeated, as in stop()
+            self._still.wait(min(left, _KICK_INTERVAL))
+        return True
+
+    def resume(self) -> None:
+        """Let the vCPU run again."""
+        self._pausing = False
+        self._go.set()
+
+    def registers(self) -> Sequence[Mapping[str, int]]:
+        """The registers of the one CPU; meaningful when paused or stopped."""
+        return (self._cpu.registers(),)
 
     def status(self) -> Mapping[str, object]:
         """Counters; cheap, any thread."""
@@ -177,6 +203,9 @@ class EmulatedGuest:
         cpu = self._cpu
         try:
             while not self._ending:
+                while self._pausing:
+                    self._still.set()
+                    self._go.wait()
                 if cpu.run() and not self._ending:
                     self._sleep()
         except EngineError as error:
@@ -190,7 +219,8 @@ class EmulatedGuest:
         self._halts += 1
         self._parked = True
         limit = now_ns() + self._cpu.sleep_limit
-        while not gic.asserted and not self._ending:
+        # To leave without an interrupt is allowed: the guest looks at its condition again.
+        while not gic.asserted and not self._ending and not self._pausing:
             self._wake.wait(min(limit, *(timer.deadline for timer in timers)))
             now = now_ns()
             for timer in timers:

@@ -98,6 +98,15 @@ a80 17fffd6f  b 03c
 """
 
 
+#: Counts in x1 and in the first word of its data; between two instructions they differ by 0 or 1.
+COUNTING = """
+000 f9400001  ldr x1, [x0]
+004 91000421  add x1, x1, #1
+008 f9000001  str x1, [x0]
+00c 17fffffd  b 000
+"""
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_whole_program(cpu_class: type[Cpu], seed: int) -> None:
     loops = 300_000 + seed
@@ -249,7 +258,7 @@ def test_registers_and_refusals(bench: Any) -> None:
     with pytest.raises(EngineError, match="no interrupt apic:40"):
         bench.guest.irq_line(IntrSpec("apic", 40))
     assert bench.guest.stop(5.0)
-    registers = bench.guest.registers()
+    (registers,) = bench.guest.registers()
     assert registers["pc"] == 0x4000_0004
     assert registers["x0"] == 0x4000_8000
     assert registers["pstate"] & 0xF == 5
@@ -258,3 +267,26 @@ def test_registers_and_refusals(bench: Any) -> None:
 def test_unknown_register_is_refused(bench: Any) -> None:
     with pytest.raises(EngineError, match="no register 'rax'"):
         bench.guest.start(CpuEntry(0, {"rax": 1}))
+
+
+def test_a_paused_guest_stands_still_between_two_instructions_and_goes_on(bench: Any) -> None:
+    bench.start(COUNTING)
+    for _ in range(20):
+        assert bench.guest.pause(5.0)
+        (registers,) = bench.guest.registers()
+        count = bench.word(0)
+        assert registers["x1"] - count in (0, 1)
+        assert bench.word(0) == count
+        bench.guest.resume()
+        assert bench.wait(lambda before=count: bench.word(0) > before)
+    assert bench.guest.pause(5.0)
+    assert bench.guest.stop(5.0)
+
+
+def test_a_sleeping_guest_can_be_paused_and_sleeps_again(bench: Any) -> None:
+    bench.start(IDLE)
+    assert bench.wait(lambda: bench.guest.status()["halted"])
+    assert bench.guest.pause(5.0)
+    assert not bench.guest.status()["halted"]
+    bench.guest.resume()
+    assert bench.wait(lambda: bench.guest.status()["halted"])

@@ -1,0 +1,44 @@
+"""The contracts every virtio vdev keeps, applied to the card; and any guest at all against it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qvm_virtio_net import spec
+from qvm_virtio_net.device import VirtioNet
+
+from qvmcore.testing.abuse import VirtioAbuse
+from qvmcore.testing.conformance import MmioConformance, TerminationConformance, VirtioConformance
+from qvmcore.testing.driver import MmioDriver
+from qvmcore.testing.fakes import Plugged, plug
+
+
+def check(device: Plugged[Any], driver: MmioDriver) -> None:
+    """A frame is taken, and a command is answered if there is a control queue."""
+    frame = driver.queues[1].submit([bytes(12), bytes(60)], [])
+    promisc = driver.queues[2].submit([bytes([spec.CTRL_RX, spec.CTRL_RX_PROMISC]), b"\1"], [1])
+    device.settle()
+    assert driver.queues[1].reap() == [frame] and frame.length == 0
+    if driver.features & spec.F_CTRL_VQ:
+        assert driver.queues[2].reap() == [promisc] and promisc.result() == spec.CTRL_OK
+
+
+class TestVirtioNet(VirtioConformance, MmioConformance, TerminationConformance):
+    vdev_class = VirtioNet
+    options = {"none": True}
+
+    def check_works(self, device: Plugged[Any], driver: MmioDriver) -> None:
+        check(device, driver)
+
+
+class HostileGuest(VirtioAbuse):
+    """Anything at all, over the registers and the rings."""
+
+    def device(self) -> Plugged[Any]:
+        return plug(VirtioNet, none=True)
+
+    def check_works(self, device: Plugged[Any], driver: MmioDriver) -> None:
+        check(device, driver)
+
+
+TestHostileGuest = HostileGuest.TestCase

@@ -28,7 +28,7 @@ from qvmcore.events import Worker
 from qvmcore.irq import IrqLine, NullIrq
 from qvmcore.memory import GuestMemory
 from qvmcore.termination import Phase, TerminationCallback, TerminationPlan
-from qvmcore.types import GuestEnd, MmioHandler, Reason, VdevSpec
+from qvmcore.types import GuestEnd, IntrSpec, MmioHandler, Reason, VdevSpec
 from qvmcore.vdev import Vdev
 from qvmcore.virtio.device import VirtioVdev
 
@@ -77,6 +77,8 @@ class VdevSlot:
         self.faulted = ""
         self.guest_errors = 0
         self.lines: MutableSequence[IrqLine] = [NullIrq() for _ in range(cls.irqs)]
+        #: Where window ``n`` is; whoever binds the windows of a PCI function replaces it.
+        self.place_of: Callable[[int], int | None] = self._fixed_place
         self._plan = plan
         self._end = end
         self._button = button
@@ -115,6 +117,21 @@ class VdevSlot:
     def irq(self, index: int = 0) -> IrqLine:
         """See VdevContext. Raises IndexError for a line the class does not declare."""
         return self.lines[index]
+
+    @property
+    def intr(self) -> IntrSpec | None:
+        """See VdevContext."""
+        return self.spec.intr
+
+    def address(self, window: int = 0) -> int | None:
+        """See VdevContext."""
+        return self.place_of(window)
+
+    def _fixed_place(self, window: int) -> int | None:
+        """Windows of a ``loc`` follow each other."""
+        if self.spec.loc is None:
+            return None
+        return self.spec.loc + sum(each.size for each in self.cls.windows[:window])
 
     def on_terminate(self, run: Callable[[GuestEnd], None], *, phase: Phase, deadline: float = 1.0) -> None:
         """See VdevContext."""

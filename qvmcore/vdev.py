@@ -27,7 +27,7 @@ from qvmcore.events import Worker
 from qvmcore.irq import IrqLine
 from qvmcore.memory import GuestMemory
 from qvmcore.termination import Phase
-from qvmcore.types import GuestEnd, Trigger, Window
+from qvmcore.types import GuestEnd, IntrSpec, Trigger, Window
 
 
 class NoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -76,6 +76,16 @@ class VdevContext(Protocol):
 
     def irq(self, index: int = 0) -> IrqLine:
         """The bound interrupt line; usable from ``on_starting`` on, any thread."""
+
+    @property
+    def intr(self) -> IntrSpec | None:
+        """The interrupt as the VM file writes it (``gic:41``); None when a PCI function has no own."""
+
+    def address(self, window: int = 0) -> int | None:
+        """Where the guest sees a window now, guest-physical; None for a BAR that is not decoded.
+
+        For devices that tell the guest about it. From ``on_starting`` on, any thread.
+        """
 
     def on_terminate(self, run: Callable[[GuestEnd], None], *, phase: Phase, deadline: float = 1.0) -> None:
         """Add a step to the end of the VM; allowed until the guest starts. Deadline in seconds."""

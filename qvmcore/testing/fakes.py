@@ -22,7 +22,7 @@ from qvmcore.termination import Phase, StepResult, TerminationCallback, Terminat
 from qvmcore.testing.driver import GuestRam, MmioDriver, VirtioDriver
 from qvmcore.testing.fake_pci import FakePciBus
 from qvmcore.testing.pci_driver import PciDevice, PciDriver
-from qvmcore.types import GuestEnd, MemorySpec, MmioHandler, Reason, Window
+from qvmcore.types import GuestEnd, IntrSpec, MemorySpec, MmioHandler, Reason, Window
 from qvmcore.vdev import Vdev
 from qvmcore.virtio.device import VirtioVdev
 from qvmcore.virtio.mmio import MmioTransport
@@ -102,6 +102,9 @@ class FakeContext:
         self.button_presses = 0
         self.plan = TerminationPlan()
         self.threads_allowed = False
+        self.intr: IntrSpec | None = None
+        #: Where the windows are, in their order.
+        self.places: list[int] = []
         #: Held around register accesses and worker callbacks of a plain vdev.
         self.serial: AbstractContextManager[object] = nullcontext()
         self._worker: Worker | None = None
@@ -123,6 +126,10 @@ class FakeContext:
     def irq(self, index: int = 0) -> FakeIrq:
         """The fake line; IndexError for one the class does not declare."""
         return self.irqs[index]
+
+    def address(self, window: int = 0) -> int | None:
+        """Where :func:`plug` put a window."""
+        return self.places[window] if window < len(self.places) else None
 
     def on_terminate(self, run: Callable[[GuestEnd], None], *, phase: Phase, deadline: float = 1.0) -> None:
         """Recorded in ``plan``."""
@@ -300,6 +307,7 @@ def _place(plugged: Plugged[V]) -> None:
             handler = plugged.transport.handler()
         else:
             handler = _own_handler(vdev, index)
+        plugged.ctx.places.append(address)
         plugged.bus.insert(address, window, _isolated(handler, plugged.ctx), plugged.ctx.name)
         address += window.size
 

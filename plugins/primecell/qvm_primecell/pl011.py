@@ -117,7 +117,10 @@ class Pl011(Vdev):
         return {"sent": self.sent, "received": self.received, "waiting": len(self._tx), "host": host}
 
     def mmio_read(self, window: int, offset: int, size: int) -> int:
-        """A register; reserved ones read as zero."""
+        """A register, cut to the access; reserved ones read as zero."""
+        return self._register(offset) & (1 << 8 * size) - 1
+
+    def _register(self, offset: int) -> int:
         if offset == DR:
             return self._receive()
         if offset == FR:
@@ -160,7 +163,9 @@ class Pl011(Vdev):
 
     def _send(self, byte: int) -> None:
         if self._cr & CR_LBE:
-            self._deliver(bytes([byte]))
+            # Nobody but the guest empties the FIFO then: what does not fit is lost, as on a real one.
+            if len(self._rx) < self._depth():
+                self._deliver(bytes([byte]))
             return
         if len(self._tx) < TX_LIMIT:
             self._tx.append(byte)

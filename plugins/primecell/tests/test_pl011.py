@@ -125,6 +125,24 @@ def test_a_host_that_takes_nothing_shows_as_a_full_transmit_fifo(tmp_path: Path)
         assert uart.vdev.sent == TX_LIMIT
 
 
+def test_loopback_loses_what_the_fifo_cannot_hold() -> None:
+    """Nobody reads it but the guest: a FIFO without a bound would take the host's memory."""
+    with plug(Pl011, hostdev="null") as uart:
+        uart.write(LCR_H, LCR_FEN)
+        uart.write(CR, CR_UARTEN | CR_LBE)
+        for _ in range(10 * RX_FIFO):
+            uart.write(DR, 65)
+        assert text(uart) == b"A" * RX_FIFO
+
+
+def test_a_narrow_read_of_a_wide_register_is_cut() -> None:
+    """CR has bits above the lowest byte; a value that does not fit would be a fault of the device."""
+    with plug(Pl011, hostdev="null") as uart:
+        uart.write(CR, 0x301)
+        assert (uart.read(CR, 1), uart.read(CR, 2)) == (0x01, 0x301)
+        assert uart.ctx.faults == []
+
+
 def test_a_malformed_hostdev_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match="hostdev"):
         plug(Pl011, hostdev="unix:")

@@ -18,10 +18,14 @@ class CommandLineText(str):
 
 
 def host_path(text: str, base_dir: Path) -> Path:
-    """An absolute path. Raises ValueError for an empty one."""
+    """An absolute path; ``~`` is a home directory. Raises ValueError for a path that cannot be."""
     if not text:
         raise ValueError("expected a file path, not ''")
     if "\0" in text:
         raise ValueError("a file path cannot hold a NUL character")
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"there is no home directory for {text.partition('/')[0]!r}") from error
     # No resolve(): a symbolic link is the user's and stays visible in messages.
-    return base_dir / Path(text).expanduser()
+    return base_dir / path

@@ -255,3 +255,9 @@ option_names = [field.encode_name for field in msgspec.structs.fields(Options)]
 def test_any_value_gives_a_struct_or_problems(values: dict[str, object]) -> None:
     result, problems = convert_options(Options, values, BASE)
     assert (result is None) == bool(problems)
+
+
+def test_a_path_in_the_home_of_nobody_is_a_problem_not_a_traceback() -> None:
+    made, problems = convert_options(Options, {"count": 1, "image": "~nobody-by-this-name/x"}, Path("/vm"))
+    assert made is None
+    assert problems[0].message == "image: there is no home directory for '~nobody-by-this-name'"

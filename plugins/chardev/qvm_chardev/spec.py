@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from pathlib import Path
 
 #: One line per form, for help texts and errors.
 FORMS = (
@@ -56,7 +57,17 @@ class CharSpec:
 
 def parse_spec(text: str) -> CharSpec:
     """Parse a ``hostdev`` string. Raises ValueError with a sentence that lists the legal forms."""
-    text = text.strip()
+    spec = _parse(text.strip())
+    if spec.kind is not Kind.COMMAND:
+        try:
+            Path(spec.path).expanduser()
+        except RuntimeError as error:
+            user = spec.path.partition("/")[0]
+            raise ValueError(f"hostdev: there is no home directory for {user!r}") from error
+    return spec
+
+
+def _parse(text: str) -> CharSpec:
     if "\0" in text:
         raise ValueError("hostdev must not contain a zero byte")
     if text.startswith("<"):

@@ -49,6 +49,12 @@ def test_any_text_parses_or_is_a_value_error(text: str) -> None:
     assert spec.reads or spec.writes
 
 
+@pytest.mark.parametrize("form", ["{}", "<{}", ">{}", "unix:{}", "pty:{}"])
+def test_the_home_of_nobody_is_told(form: str) -> None:
+    with pytest.raises(ValueError, match="no home directory for '~nobody-by-this-name'"):
+        parse_spec(form.format("~nobody-by-this-name/x"))
+
+
 def test_escape_commands() -> None:
     assert EscapeFilter().feed(b"a\x01xb\x01pc\x01h\x01?") == (
         b"abc", [Command.QUIT, Command.POWER_BUTTON, Command.HELP, Command.HELP],

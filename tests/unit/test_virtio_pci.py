@@ -137,10 +137,8 @@ def test_4_1_4_every_structure_is_there_and_fits_its_bar(function: PciDevice) ->
     for each in (found[1], found[2], found[3], found[4]):
         _, size = function.bars[each.bar]
         assert each.offset + each.length <= size
-        assert not any(
-            o.offset < each.offset + each.length and each.offset < o.offset + o.length for o in taken
-        )
-        taken.append(each)
+        assert taken.isdisjoint(range(each.offset, each.offset + each.length))
+        taken.update(range(each.offset, each.offset + each.length))
     assert [found[n].offset % 4 for n in (1, 2, 4)] == [0, 0, 0]
     assert found[1].length >= pci_spec.COMMON_CFG_SIZE
     assert found[3].length >= 1

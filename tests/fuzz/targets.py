@@ -1,0 +1,37 @@
+"""Every fuzz target by name: a plain function of the input that raises when something is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.fuzz import devices, kernel, registers, rings, text
+
+Target = Callable[[bytes], None]
+
+#: Inputs kept for each target: ``seed-*`` for what it should know, ``crash-*`` for what it once found.
+CORPUS = Path(__file__).parent / "corpus"
+
+TARGETS: dict[str, Target] = {
+    "toml": text.toml,
+    "vm-file": text.vm_file,
+    "options": text.options,
+    "units": text.units,
+    "hostdevs": text.hostdevs,
+    "kernel": kernel.kernel,
+    "split-ring": rings.split,
+    "blk-request": rings.blk_request,
+    "gicv2": registers.gicv2,
+    "pl011": registers.pl011,
+    "pl061": registers.pl061,
+    "pci-function": registers.pci_function,
+    "virtio-echo": devices.echo,
+    "virtio-blk": devices.blk,
+    "virtio-console": devices.console,
+    "virtio-entropy": devices.entropy,
+}
+
+
+def kept(name: str) -> list[Path]:
+    """The inputs kept for a target."""
+    return sorted((CORPUS / name).glob("*"))

@@ -28,8 +28,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from qvmcore.testing.driver import MmioDriver, VirtioDriver
 from qvmcore.testing.fakes import Plugged, default_transport
+from qvmcore.testing.packed_ring import PackedDriver
 from qvmcore.testing.pci_driver import PciDriver
-from qvmcore.testing.ring import GuestRam, SplitDriver
+from qvmcore.testing.ring import GuestRam, RingDriver
 from qvmcore.testing.strategies import (
     Access,
     Descriptor,
@@ -51,7 +52,8 @@ _RING_PART = 0x4_0000
 class VirtioAbuse(RuleBasedStateMachine):
     """Subclass, define :meth:`device`, and give ``TestCase`` to pytest.
 
-    Each run is on MMIO or on PCI, as ``plug`` puts the device on what the machine draws.
+    Each run is on MMIO or on PCI, as ``plug`` puts the device on what the machine draws, and on
+    split or on packed rings.
     ``steps`` and ``examples`` bound a run; the first memory region of the device must be at least
     1 MiB. Rings live in its first quarter MiB, buffers behind that, the guard at its end.
     """
@@ -77,9 +79,10 @@ class VirtioAbuse(RuleBasedStateMachine):
 
     # ---- the guest ---------------------------------------------------------------------------
 
-    @initialize(up=st.booleans(), transport=st.sampled_from(("mmio", "pci")))
-    def power_on(self, up: bool, transport: str) -> None:
+    @initialize(up=st.booleans(), transport=st.sampled_from(("mmio", "pci")), packed=st.booleans())
+    def power_on(self, up: bool, transport: str, packed: bool) -> None:
         """A device nobody has touched, or one a good driver has just brought up."""
+        self.packed = packed
         with default_transport(transport):
             self.plugged = self.device()
         self.on_pci = self.plugged.pci is not None
@@ -91,7 +94,7 @@ class VirtioAbuse(RuleBasedStateMachine):
         self.start = region.start
         self.guard = region.end - GUARD
         self.plugged.memory.write(self.guard, _PATTERN)
-        self.rings: list[SplitDriver] = []
+        self.rings: list[RingDriver] = []
         self.smashed = False
         self.driver = self._new_driver()
         if up:
@@ -176,7 +179,24 @@ class VirtioAbuse(RuleBasedStateMachine):
     @rule(features=st.one_of(st.none(), st.just(1 << 32), st.just(1 << 32 | 1 << 29)))
     def bring_up(self, features: int | None) -> None:
         """What a good driver does."""
+        if features is not None:
+            features |= self.packed << spec.VIRTIO_F_RING_PACKED
         self._bring_up(features)
+
+    @precondition(lambda self: self.rings)
+    @rule(data=st.data(), again=st.booleans())
+    def reset_one_queue(self, data: st.DataObject, again: bool) -> None:
+        """2.6.1, in whatever state the queue is, and perhaps set it up again."""
+        driver = self.driver
+        index = data.draw(st.integers(0, len(self.rings) - 1))
+        if not driver.features >> spec.VIRTIO_F_RING_RESET & 1 or not self._reachable():
+            return
+        if self.virtio.features != driver.features:
+            return
+        driver.reset_queue(index)
+        assert self.virtio.queue(index) is None
+        if again and driver.ram.mark() < self.guard - _RING_PART:
+            self.rings[index] = driver.setup_queue(index, self.rings[index].size)
 
     @precondition(lambda self: self.rings)
     @rule(data=st.data())
@@ -202,6 +222,21 @@ class VirtioAbuse(RuleBasedStateMachine):
         flags = spec.VIRTQ_DESC_F_INDIRECT | data.draw(st.sampled_from((0, 0, 1, 2)))
         ring.write_desc(slot, address, max(0, length), flags, 0)
         ring.offer(slot)
+        self._go(ring, data)
+
+    @precondition(lambda self: self.rings and self.packed)
+    @rule(data=st.data())
+    def write_slots(self, data: st.DataObject) -> None:
+        """Descriptors in a packed ring as they are: any flags, any ID, wherever the device looks next."""
+        ring = self._pick(data)
+        if not isinstance(ring, PackedDriver):
+            return
+        for _ in range(data.draw(st.integers(1, 5))):
+            row = self._tame(data.draw(descriptors(self.start, self.guard, ring.size)))
+            mark = data.draw(st.sampled_from((0, spec.VIRTQ_DESC_F_AVAIL, spec.VIRTQ_DESC_F_USED)))
+            slot = (ring.filled + data.draw(st.integers(0, 2))) % ring.size
+            ring.write_slot(slot, row.address, row.length, row.following & 0xFFFF, row.flags ^ mark)
+            ring.filled += 1
         self._go(ring, data)
 
     @precondition(lambda self: self.rings)
@@ -291,7 +326,8 @@ class VirtioAbuse(RuleBasedStateMachine):
             counters = queue.counters()
             assert counters["pushed"] <= counters["popped"]
             assert counters["interrupts"] <= counters["pushed"]
-            if not self.smashed:
+            if not self.smashed and not self.packed:
+                # Nobody reaps, so a packed ring runs over its own used descriptors.
                 assert ring.used_idx == counters["pushed"] & 0xFFFF
 
     def teardown(self) -> None:
@@ -306,10 +342,14 @@ class VirtioAbuse(RuleBasedStateMachine):
     def _new_driver(self) -> VirtioDriver:
         ram = GuestRam(self.plugged.memory, self.start, self.guard - self.start)
         device = self.plugged.device
+        driver: VirtioDriver
         if device is None:
-            return MmioDriver(self.plugged.bus, self.plugged.base, ram)
-        device.enumerate(anew=True)
-        return PciDriver(self.plugged.bus, device, ram)
+            driver = MmioDriver(self.plugged.bus, self.plugged.base, ram)
+        else:
+            device.enumerate(anew=True)
+            driver = PciDriver(self.plugged.bus, device, ram)
+        driver.packed = self.packed
+        return driver
 
     def _reachable(self) -> bool:
         """Whether the registers are still where the driver expects them."""
@@ -335,14 +375,14 @@ class VirtioAbuse(RuleBasedStateMachine):
         self.rings = []
         self.smashed = False
 
-    def _go(self, ring: SplitDriver, data: st.DataObject) -> None:
+    def _go(self, ring: RingDriver, data: st.DataObject) -> None:
         """Mostly at once, so that runs get far; sometimes later, together with more."""
         if data.draw(st.sampled_from((True, True, True, False))):
             ring.publish()
             ring.notify()
             self._settled()
 
-    def _pick(self, data: st.DataObject) -> SplitDriver:
+    def _pick(self, data: st.DataObject) -> RingDriver:
         return data.draw(st.sampled_from(self.rings))
 
     def _tame(self, row: Descriptor) -> Descriptor:

@@ -210,9 +210,10 @@ class TerminationConformance(_Kit):
 
 
 class VirtioConformance(VdevConformance):
-    """What holds for every virtio device (virtio 1.4), over MMIO and over PCI.
+    """What holds for every virtio device (virtio 1.4), over MMIO and over PCI, on split and packed rings.
 
-    Every test of the class, of the other contracts it keeps too, runs once on each transport.
+    Every test of the class, of the other contracts it keeps too, runs once on each transport, and
+    those with a driver once on each format of the ring.
     """
 
     vdev_class: ClassVar[type[VirtioVdev]]
@@ -228,10 +229,12 @@ class VirtioConformance(VdevConformance):
         with default_transport(request.param):
             yield request.param
 
-    @pytest.fixture
-    def driver(self, device: Plugged[Any]) -> VirtioDriver:
+    @pytest.fixture(params=["split", "packed"])
+    def driver(self, device: Plugged[Any], request: pytest.FixtureRequest) -> VirtioDriver:
         """A driver that has not begun."""
-        return device.driver()
+        driver = device.driver()
+        driver.packed = request.param == "packed"
+        return driver
 
     def test_3_1_1_bring_up_and_work(self, device: Plugged[Any], driver: VirtioDriver) -> None:
         """With everything offered, after a reset too."""
@@ -248,7 +251,7 @@ class VirtioConformance(VdevConformance):
     ) -> None:
         """EVENT_IDX and indirect descriptors change nothing but the speed."""
         bits = 1 << spec.VIRTIO_F_EVENT_IDX | 1 << spec.VIRTIO_F_INDIRECT_DESC
-        own = driver.offered() & ~bits
+        own = driver.acceptable() & ~bits
         driver.start(own | event_idx << spec.VIRTIO_F_EVENT_IDX | indirect << spec.VIRTIO_F_INDIRECT_DESC)
         for ring in driver.queues:
             ring.indirect = indirect
@@ -277,7 +280,7 @@ class VirtioConformance(VdevConformance):
     def test_6_2_version_1_is_required(self, driver: VirtioDriver) -> None:
         """No legacy driver."""
         with pytest.raises(FeaturesRefused):
-            driver.start(driver.offered() & ~(1 << spec.VIRTIO_F_VERSION_1))
+            driver.start(driver.acceptable() & ~(1 << spec.VIRTIO_F_VERSION_1))
 
     def test_2_2_the_device_offers_only_bits_of_its_own(self, device: Plugged[Any]) -> None:
         """24 to 43 but 41 and 42 belong to the transport and the ring; the offer never changes."""

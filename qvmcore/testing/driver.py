@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from qvmcore.memory import GuestMemory
-from qvmcore.testing.ring import GuestRam, Piece, Request, SplitDriver, Used
+from qvmcore.testing.packed_ring import PackedDriver
+from qvmcore.testing.ring import GuestRam, Piece, Request, RingDriver, SplitDriver, Used
 from qvmcore.virtio import spec
 
 __all__ = [
@@ -15,8 +16,10 @@ __all__ = [
     "FeaturesRefused",
     "GuestRam",
     "MmioDriver",
+    "PackedDriver",
     "Piece",
     "Request",
+    "RingDriver",
     "SplitDriver",
     "Used",
     "VirtioDriver",
@@ -64,15 +67,18 @@ class VirtioDriver(abc.ABC):
     def __init__(self, ram: GuestRam) -> None:
         self.ram = ram
         self.features = 0
-        self.queues: list[SplitDriver] = []
+        self.queues: list[RingDriver] = []
+        #: Whether to accept packed rings when all that is offered is accepted.
+        self.packed = False
 
     # ---- the checklist of 3.1.1 ----------------------------------------------------------------
 
     def start(self, wanted: int | None = None, sizes: Sequence[int | None] | None = None) -> None:
         """Bring the device up: reset, negotiate, set every queue up, DRIVER_OK.
 
-        ``wanted`` are the features to accept if offered (all if None), ``sizes`` the queue sizes
-        (None: the largest). FeaturesRefused when the device declines.
+        ``wanted`` are the features to accept if offered; None accepts all, RING_PACKED only with
+        ``packed`` set. ``sizes`` are the queue sizes (None: the largest). FeaturesRefused when the
+        device declines.
         """
         self.reset()
         self.negotiate(wanted)
@@ -90,11 +96,15 @@ class VirtioDriver(abc.ABC):
         self.status = spec.ACKNOWLEDGE
         self.status = spec.ACKNOWLEDGE | spec.DRIVER
         offered = self.offered()
-        self.accept(offered if wanted is None else offered & wanted)
+        self.accept(offered & (self.acceptable() if wanted is None else wanted))
         self.status = spec.ACKNOWLEDGE | spec.DRIVER | spec.FEATURES_OK
         if not self.status & spec.FEATURES_OK:
             raise FeaturesRefused(f"features {self.features:#x}, offered {offered:#x}")
         return self.features
+
+    def acceptable(self) -> int:
+        """Everything offered; RING_PACKED only with ``packed`` set."""
+        return self.offered() & ~((not self.packed) << spec.VIRTIO_F_RING_PACKED)
 
     def setup_queues(self, sizes: Sequence[int | None] | None = None) -> None:
         """Step 7: every queue the device has, in order."""
@@ -104,14 +114,21 @@ class VirtioDriver(abc.ABC):
             self.queues.append(self.setup_queue(index, size or largest))
             index += 1
 
-    def setup_queue(self, index: int, size: int) -> SplitDriver:
+    def setup_queue(self, index: int, size: int) -> RingDriver:
         """One queue: its ring in guest memory, told to the device."""
-        ring = SplitDriver(self.ram, size, self.features, lambda: self.notify(index))
+        kind = PackedDriver if self.features >> spec.VIRTIO_F_RING_PACKED & 1 else SplitDriver
+        ring: RingDriver = kind(self.ram, size, self.features, lambda: self.notify(index))
         self.select_queue(index)
         assert not self.queue_ready, f"queue {index} is in use"
         self.place(size, ring.desc, ring.avail, ring.used)
         self.enable_queue()
         return ring
+
+    def notification(self, index: int) -> int:
+        """What to write to notify a queue: with NOTIFICATION_DATA, its ring's position too (2.9)."""
+        if self.features >> spec.VIRTIO_F_NOTIFICATION_DATA & 1 and index < len(self.queues):
+            return self.queues[index].position << 16 | index
+        return index
 
     def driver_ok(self) -> None:
         """Step 8."""
@@ -277,10 +294,8 @@ class MmioDriver(VirtioDriver):
         return self.read(spec.MMIO_QUEUE_READY)
 
     def notify(self, index: int) -> None:
-        """Notify a queue, asked for or not; with NOTIFICATION_DATA, of its ring's position (4.2.3.3)."""
-        if self.features >> spec.VIRTIO_F_NOTIFICATION_DATA & 1 and index < len(self.queues):
-            index |= self.queues[index].position << 16
-        self.write(spec.MMIO_QUEUE_NOTIFY, index)
+        """Notify a queue, asked for or not (4.2.3.3)."""
+        self.write(spec.MMIO_QUEUE_NOTIFY, self.notification(index))
 
     def reset_queue(self, index: int) -> None:
         """Reset one queue (2.6.1) and check that it is reset; :meth:`setup_queue` sets it up again."""

@@ -1,7 +1,11 @@
-"""The driver side of a split virtqueue (virtio 1.4, 2.7), correct by default, malformed on demand."""
+"""The driver side of a virtqueue, correct by default, malformed on demand (virtio 1.4, 2.6 and 2.7).
+
+The packed format is in :mod:`qvmcore.testing.packed_ring`.
+"""
 
 from __future__ import annotations
 
+import abc
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +54,7 @@ class GuestRam:
 
 
 class Used(NamedTuple):
-    """One element of the used ring: ``id`` is the head of the chain, ``length`` bytes were written."""
+    """A chain the device gave back: ``id`` is its head or its buffer ID, ``length`` bytes were written."""
 
     id: int
     length: int
@@ -84,12 +88,21 @@ class Request:
         return b"".join(self.memory.read(piece.address, piece.length) for piece in self.writable)
 
 
-class SplitDriver:
-    """One split virtqueue as a driver sees it.
+#: ((address, length), flags) of a descriptor.
+Row = tuple[tuple[int, int], int]
+
+
+class RingDriver(abc.ABC):
+    """One virtqueue as a driver sees it, whatever its format.
 
     :meth:`submit` and :meth:`reap` are what a good driver does; ``write_desc``, ``offer`` and
     ``publish`` build anything else. ``notify()`` is called when the device asked to be told.
+    ``desc``, ``avail`` and ``used`` are the addresses of the descriptor, driver and device areas.
     """
+
+    desc: int
+    avail: int
+    used: int
 
     def __init__(
         self,
@@ -102,16 +115,10 @@ class SplitDriver:
         self.memory = ram.memory
         self.size = size
         self.notify = notify
-        self.desc = ram.alloc(spec.VIRTQ_DESC_SIZE * size, spec.VIRTQ_DESC_ALIGN)
-        self.avail = ram.alloc(6 + 2 * size, spec.VIRTQ_AVAIL_ALIGN)
-        self.used = ram.alloc(6 + 8 * size, spec.VIRTQ_USED_ALIGN)
         self.event_idx = bool(features >> spec.VIRTIO_F_EVENT_IDX & 1)
         self.indirect = False
-        self.avail_idx = 0
         self.published = 0
-        self.last_used = 0
         self.notifications = 0
-        self._free = list(range(size - 1, -1, -1))
         self._requests: dict[int, Request] = {}
 
     # ---- a good driver ---------------------------------------------------------------------
@@ -128,22 +135,15 @@ class SplitDriver:
 
     def add_pieces(self, readable: Sequence[Piece], writable: Sequence[Piece]) -> Request:
         """Offer a chain of buffers that exist already."""
-        rows = [(piece, 0) for piece in readable] + [(piece, spec.VIRTQ_DESC_F_WRITE) for piece in writable]
-        if not rows or (1 if self.indirect else len(rows)) > len(self._free):
+        rows: list[Row] = [(piece, 0) for piece in readable]
+        rows += [(piece, spec.VIRTQ_DESC_F_WRITE) for piece in writable]
+        if not rows or (1 if self.indirect else len(rows)) > self.free:
             raise MemoryError(f"no {len(rows)} free descriptors")
         if self.indirect:
-            slots = [self._free.pop()]
-            self.write_desc(slots[0], *self.indirect_table(rows), spec.VIRTQ_DESC_F_INDIRECT, 0)
-        else:
-            slots = [self._free.pop() for _ in rows]
-            for position, ((address, length), flags) in enumerate(rows):
-                last = position == len(rows) - 1
-                more = 0 if last else spec.VIRTQ_DESC_F_NEXT
-                following = 0 if last else slots[position + 1]
-                self.write_desc(slots[position], address, length, flags | more, following)
-        request = Request(slots[0], list(readable), list(writable), slots, self.memory)
-        self._requests[request.head] = request
-        self.offer(request.head)
+            rows = [(self.indirect_table(rows), spec.VIRTQ_DESC_F_INDIRECT)]
+        head, slots = self._place(rows)
+        request = Request(head, list(readable), list(writable), slots, self.memory)
+        self._requests[head] = request
         return request
 
     def submit(self, readable: Sequence[bytes] = (), writable: Sequence[int] = ()) -> Request:
@@ -153,14 +153,8 @@ class SplitDriver:
         return request
 
     def kick(self) -> bool:
-        """Publish what was offered and notify unless suppressed (2.7.10.1); whether it notified."""
-        old, new = self.published, self.avail_idx
-        self.publish()
-        if self.event_idx:
-            event = self.read16(self.used + 4 + 8 * self.size)
-            wanted = (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF
-        else:
-            wanted = not self.read16(self.used) & spec.VIRTQ_USED_F_NO_NOTIFY
+        """Publish what was offered and notify unless suppressed; whether it notified."""
+        wanted = self._publish_and_look()
         if wanted:
             self.notifications += 1
             self.notify()
@@ -175,11 +169,11 @@ class SplitDriver:
         for element in self.used_elements():
             request = self._requests.pop(element.id, None)
             assert request is not None, f"used element {element} names no chain in flight"
-            self._free.extend(reversed(request.descriptors))
+            self._reuse(request)
             request.length = element.length
             finished.append(request)
         if self.event_idx:
-            self.set_used_event(self.last_used)
+            self.set_used_event(self.used_position)
         return finished
 
     @property
@@ -189,12 +183,133 @@ class SplitDriver:
 
     # ---- pieces, for anything else -----------------------------------------------------------
 
+    @abc.abstractmethod
+    def write_desc(self, index: int, address: int, length: int, flags: int = 0, following: int = 0) -> None:
+        """Row ``index`` of the table that :meth:`offer` takes chains from."""
+
+    @abc.abstractmethod
+    def offer(self, head: int) -> None:
+        """Offer the chain that begins at row ``head``, not visible before :meth:`publish`."""
+
+    @abc.abstractmethod
+    def publish(self, index: int | None = None) -> None:
+        """Show the device what was offered, or as much as makes ``published`` any other value."""
+
+    @abc.abstractmethod
+    def indirect_table(self, rows: Sequence[Row]) -> tuple[int, int]:
+        """A table of ((address, length), flags) in order: its address and length in bytes."""
+
+    @abc.abstractmethod
+    def raw_table(self, rows: Sequence[tuple[int, int, int, int]]) -> tuple[int, int]:
+        """A table of (address, length, flags, next or ID) as they are: its address and length in bytes."""
+
+    @abc.abstractmethod
+    def set_no_interrupt(self, off: bool) -> None:
+        """Ask for no used buffer notifications at all, or for all."""
+
+    @abc.abstractmethod
+    def set_used_event(self, value: int) -> None:
+        """With EVENT_IDX, ask for a notification when this place in the ring is used."""
+
+    @abc.abstractmethod
+    def used_elements(self) -> list[Used]:
+        """The used elements not looked at yet. AssertionError when there are more than entries."""
+
+    @property
+    @abc.abstractmethod
+    def free(self) -> int:
+        """Descriptors a good driver may use now."""
+
+    @property
+    @abc.abstractmethod
+    def used_idx(self) -> int:
+        """How many chains the device gave back, modulo 65536."""
+
+    @property
+    @abc.abstractmethod
+    def used_position(self) -> int:
+        """The place the next used element comes to, as :meth:`set_used_event` takes it."""
+
+    @property
+    @abc.abstractmethod
+    def position(self) -> int:
+        """What a notification tells with NOTIFICATION_DATA (2.9): how far the ring is filled."""
+
+    def read16(self, address: int) -> int:
+        """A 16-bit load from guest memory."""
+        value: int = _U16.unpack(self.memory.read(address, 2))[0]
+        return value
+
+    def write16(self, address: int, value: int) -> None:
+        """A 16-bit store to guest memory."""
+        self.memory.write(address, _U16.pack(value & 0xFFFF))
+
+    # ---- of the format -------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def _place(self, rows: Sequence[Row]) -> tuple[int, list[int]]:
+        """Put a chain into free descriptors and offer it: what names it, and where it is."""
+
+    @abc.abstractmethod
+    def _reuse(self, request: Request) -> None:
+        """Take the descriptors of a chain that came back."""
+
+    @abc.abstractmethod
+    def _publish_and_look(self) -> bool:
+        """Publish, then say whether the device wants to be notified of it."""
+
+
+class SplitDriver(RingDriver):
+    """One split virtqueue as a driver sees it (2.7)."""
+
+    def __init__(
+        self,
+        ram: GuestRam,
+        size: int,
+        features: int = 0,
+        notify: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(ram, size, features, notify)
+        self.desc = ram.alloc(spec.VIRTQ_DESC_SIZE * size, spec.VIRTQ_DESC_ALIGN)
+        self.avail = ram.alloc(6 + 2 * size, spec.VIRTQ_AVAIL_ALIGN)
+        self.used = ram.alloc(6 + 8 * size, spec.VIRTQ_USED_ALIGN)
+        self.avail_idx = 0
+        self.last_used = 0
+        self._free = list(range(size - 1, -1, -1))
+
+    @property
+    def free(self) -> int:
+        """Descriptors a good driver may use now."""
+        return len(self._free)
+
+    def _place(self, rows: Sequence[Row]) -> tuple[int, list[int]]:
+        slots = [self._free.pop() for _ in rows]
+        for position, ((address, length), flags) in enumerate(rows):
+            last = position == len(rows) - 1
+            more = 0 if last else spec.VIRTQ_DESC_F_NEXT
+            following = 0 if last else slots[position + 1]
+            self.write_desc(slots[position], address, length, flags | more, following)
+        self.offer(slots[0])
+        return slots[0], slots
+
+    def _reuse(self, request: Request) -> None:
+        self._free.extend(reversed(request.descriptors))
+
+    def _publish_and_look(self) -> bool:
+        """2.7.10.1."""
+        old, new = self.published, self.avail_idx
+        self.publish()
+        if self.event_idx:
+            event = self.read16(self.used + 4 + 8 * self.size)
+            return (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF
+        return not self.read16(self.used) & spec.VIRTQ_USED_F_NO_NOTIFY
+
     def write_desc(self, index: int, address: int, length: int, flags: int = 0, following: int = 0) -> None:
         """Store a descriptor at ``index`` of the table."""
         row = _DESC.pack(address, length, flags, following)
         self.memory.write(self.desc + spec.VIRTQ_DESC_SIZE * index, row)
 
-    def indirect_table(self, rows: Sequence[tuple[tuple[int, int], int]]) -> tuple[int, int]:
+    def indirect_table(self, rows: Sequence[Row]) -> tuple[int, int]:
         """A table of ((address, length), flags) linked in order: its address and length in bytes."""
         table = b"".join(
             _DESC.pack(
@@ -236,6 +351,11 @@ class SplitDriver:
         return self.published
 
     @property
+    def used_position(self) -> int:
+        """The used index of the next used element."""
+        return self.last_used
+
+    @property
     def avail_event(self) -> int:
         """The avail_event field (2.7.10)."""
         return self.read16(self.used + 4 + 8 * self.size)
@@ -260,12 +380,3 @@ class SplitDriver:
             elements.append(Used(*_ELEMENT.unpack(self.memory.read(place, 8))))
             self.last_used = (self.last_used + 1) & 0xFFFF
         return elements
-
-    def read16(self, address: int) -> int:
-        """A 16-bit load from guest memory."""
-        value: int = _U16.unpack(self.memory.read(address, 2))[0]
-        return value
-
-    def write16(self, address: int, value: int) -> None:
-        """A 16-bit store to guest memory."""
-        self.memory.write(address, _U16.pack(value & 0xFFFF))

@@ -1,4 +1,4 @@
-"""One validated descriptor chain: a request of the driver as views of guest memory (virtio 1.4, 2.7.5).
+"""One validated descriptor chain: a request as views of guest memory (virtio 1.4, 2.7.5 and 2.8.5).
 
 A chain is made by a virtqueue, which has checked every address, length and direction. The views
 are the guest's own memory: nothing was copied, and a hostile guest may change the bytes at any
@@ -21,13 +21,13 @@ class Chain:
     parts; ``readers`` and ``writers`` the memoryviews they consist of, all of them, whatever has
     been read or written already: pass them to ``os.pwritev`` and ``os.preadv``. ``written`` counts
     the bytes that :meth:`write` and :meth:`advance` filled, from the first writable byte on.
-    ``head`` is the index of the first descriptor. Not thread-safe.
+    ``head`` is the index of the first descriptor, or the buffer ID of a packed ring. Not thread-safe.
 
     How a request is cut into descriptors means nothing (2.7.4.1): use :meth:`read`, :meth:`unread`,
     :meth:`room` and :meth:`write_tail`, which see one run of bytes each.
     """
 
-    __slots__ = ("_queue", "_read", "head", "readable", "readers", "writable", "writers", "written")
+    __slots__ = ("_count", "_queue", "_read", "head", "readable", "readers", "writable", "writers", "written")
 
     def __init__(
         self,
@@ -39,6 +39,7 @@ class Chain:
         writable: int,
     ) -> None:
         self._queue = queue
+        self._count = 1  # descriptors of a packed ring
         self.head = head
         self.readers = readers
         self.readable = readable

@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 from qvmcore.errors import BadDescriptorChain
 from qvmcore.memory import GuestMemory
+from qvmcore.virtio import spec
+from qvmcore.virtio.in_order import InOrderQueue
+from qvmcore.virtio.packed import PackedQueue, PackedRings
 from qvmcore.virtio.queue import Virtqueue
 from qvmcore.virtio.split import SplitQueue, SplitRings
 
@@ -32,14 +35,19 @@ class QueueSetup:
         self.size = self.size_max
         self.desc = self.driver = self.device = 0
         self.ready = self.resetting = self.reopened = False
-        self._rings: SplitRings | None = None
+        self._rings: SplitRings | PackedRings | None = None
 
-    def enable(self, memory: GuestMemory) -> None:
+    def enable(self, memory: GuestMemory, features: int) -> None:
         """Check everything and set ``ready``. Raises GuestError when the queue cannot work."""
         size = self.size
-        if not 0 < size <= self.size_max or size & (size - 1):
-            raise BadDescriptorChain(f"size {size} is not a power of two up to {self.size_max}")
-        self._rings = SplitRings(memory, size, self.desc, self.driver, self.device)
+        packed = features >> spec.VIRTIO_F_RING_PACKED & 1
+        if not 0 < size <= self.size_max or (size & (size - 1) and not packed):
+            kind = "" if packed else " a power of two"
+            raise BadDescriptorChain(f"size {size} is not{kind} up to {self.size_max}")
+        if packed:
+            self._rings = PackedRings(memory, size, self.desc, self.driver, self.device)
+        else:
+            self._rings = SplitRings(memory, size, self.desc, self.driver, self.device)
         self.ready = True
 
     def make(
@@ -51,6 +59,12 @@ class QueueSetup:
         on_error: Callable[[BaseException], None],
         again: Callable[[], None],
     ) -> Virtqueue:
-        """The queue in the format the features ask for; it must have been enabled."""
-        assert self._rings is not None
-        return SplitQueue(index, self._rings, memory, features, interrupt, on_error, again)
+        """The queue in the format the features ask for; it must have been enabled with them."""
+        rings = self._rings
+        queue: Virtqueue
+        if isinstance(rings, PackedRings):
+            queue = PackedQueue(index, rings, memory, features, interrupt, on_error, again)
+        else:
+            assert rings is not None
+            queue = SplitQueue(index, rings, memory, features, interrupt, on_error, again)
+        return InOrderQueue(queue) if features >> spec.VIRTIO_F_IN_ORDER & 1 else queue

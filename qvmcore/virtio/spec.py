@@ -32,6 +32,15 @@ VIRTQ_DESC_ALIGN: Final = 16
 VIRTQ_AVAIL_ALIGN: Final = 2
 VIRTQ_USED_ALIGN: Final = 4
 
+# Packed virtqueue, 2.8.1 and 2.8.10
+VIRTQ_DESC_F_AVAIL: Final = 1 << 7
+VIRTQ_DESC_F_USED: Final = 1 << 15
+RING_EVENT_FLAGS_ENABLE: Final = 0
+RING_EVENT_FLAGS_DISABLE: Final = 1
+RING_EVENT_FLAGS_DESC: Final = 2
+PVIRTQ_EVENT_SIZE: Final = 4
+PVIRTQ_EVENT_ALIGN: Final = 4
+
 #: Longest descriptor chain in bytes, 2.7.5.2.
 CHAIN_BYTES_MAX: Final = 1 << 32
 

@@ -5,29 +5,18 @@ memoryview casts afterwards: a 16-bit view of the driver area, a 16-bit view of 
 and a 64-bit view of the used elements, so each index and each used element is one load or store.
 Every buffer address goes through ``GuestMemory.view``, or through the same check against the
 largest region, inlined; every walk is bounded by the queue size.
-
-Memory order: the interpreter neither reorders nor splits these accesses, and x86 keeps loads and
-stores in program order. The one order x86 does not keep, a store followed by a load of another
-address, matters twice (publish then ask for suppression, 2.7.13.4.1; re-arm then look again,
-2.7.10) and gets a locked instruction between: taking a lock is a full barrier there.
 """
 
 from __future__ import annotations
 
 import struct
-import sys
-import threading
 from collections.abc import Callable
-from typing import NoReturn
 
 from qvmcore.errors import BadDescriptorChain, GuestMemoryError
 from qvmcore.memory import GuestMemory
 from qvmcore.virtio import spec
 from qvmcore.virtio.chain import Chain
-from qvmcore.virtio.queue import Virtqueue
-
-if sys.byteorder != "little":
-    raise ImportError("qvmcore.virtio reads the little-endian rings directly: little-endian hosts only")
+from qvmcore.virtio.ring import RingQueue
 
 _DESCRIPTOR = struct.Struct("<QIHH").unpack_from
 _NEXT, _WRITE, _INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
@@ -57,20 +46,10 @@ class SplitRings:
         self.used_elements = used[4 : 4 + 8 * size].cast("Q")
 
 
-class SplitQueue(Virtqueue):
-    """A split virtqueue between DRIVER_OK and reset.
+class SplitQueue(RingQueue):
+    """A split virtqueue; see :class:`RingQueue`. What is stored in the rings wraps at 65536."""
 
-    ``interrupt()`` signals a used buffer notification; ``on_error(error)`` is told of a broken
-    ring before BadDescriptorChain is raised; ``again()`` has the device come back for what a driver
-    that never stops offering left behind. Positions count up without wrapping; only what is stored
-    in the rings wraps at 65536.
-    """
-
-    __slots__ = (
-        "_again", "_avail", "_budget", "_dead", "_elements", "_event_idx", "_fence", "_indirect",
-        "_interrupt", "_interrupts", "_last", "_mask", "_more", "_newest", "_offered", "_on_error",
-        "_pushed", "_region", "_roms", "_signalled", "_steps", "_table", "_used", "_view",
-    )  # fmt: skip
+    __slots__ = ("_avail", "_elements", "_mask", "_offered", "_steps", "_table", "_used")
 
     def __init__(
         self,
@@ -82,36 +61,16 @@ class SplitQueue(Virtqueue):
         on_error: Callable[[BaseException], None],
         again: Callable[[], None],
     ) -> None:
-        self.index = index
-        self.size = rings.size
+        super().__init__(index, rings.size, memory, features, interrupt, on_error, again)
         self._mask = rings.size - 1
         self._table = rings.table
         self._avail = rings.avail
         self._used = rings.used
         self._elements = rings.used_elements
-        self._view = memory.view
-        # The largest region holds nearly every buffer; checked here it saves a call per descriptor.
-        largest = max(memory.regions, key=lambda region: region.size)
-        self._region = (largest.start, largest.size, largest.view)
         # At most as many elements as the queue has entries (2.7.5.3.1), which is also how a loop
         # ends, and one reference to an indirect table.
         self._steps = range(rings.size + 1)
-        self._roms = tuple((region.start, region.end) for region in memory.regions if region.rom)
-        self._event_idx = bool(features >> spec.VIRTIO_F_EVENT_IDX & 1)
-        self._indirect = bool(features >> spec.VIRTIO_F_INDIRECT_DESC & 1)
-        self._interrupt = interrupt
-        self._on_error = on_error
-        self._again = again
-        self._fence = threading.Lock()
-        self._dead = False
-        self._last = 0  # chains popped
         self._offered = 0  # chains known to be offered
-        self._budget = rings.size  # position up to which pop() gives chains before the next notify()
-        self._more = False  # pop() stopped there
-        self._pushed = 0
-        self._signalled = 0  # value of _pushed at the last notify()
-        self._interrupts = 0
-        self._newest: Chain | None = None
 
     def pop(self) -> Chain | None:
         """See :meth:`Virtqueue.pop`. The fast path of every device: keep it flat."""
@@ -137,7 +96,9 @@ class SplitQueue(Virtqueue):
                 address, length, flags, following = _DESCRIPTOR(table, index << 4)
                 if flags & _INDIRECT:
                     # The reference's own WRITE flag means nothing (2.7.5.3.2).
-                    self._check_indirect(length, flags, table)
+                    if table is not self._table:
+                        raise BadDescriptorChain("indirect descriptor inside an indirect table")
+                    self._check_table(length, flags)
                     table = view(address, length)
                     entries = length >> 4
                     index = 0
@@ -175,15 +136,6 @@ class SplitQueue(Virtqueue):
         chain = self._newest = Chain(self, head, readers, readable, writers, writable)
         return chain
 
-    def unpop(self, chain: Chain) -> None:
-        """See :meth:`Virtqueue.unpop`."""
-        if self._dead:
-            return
-        if chain is not self._newest or chain._queue is not self:
-            raise ValueError(f"queue {self.index}: chain {chain.head} is not the one popped last")
-        chain._queue = self._newest = None
-        self._last -= 1
-
     def push(self, chain: Chain, written: int | None = None) -> None:
         """See :meth:`Virtqueue.push`. The element is stored before the index that shows it (2.7.8.2)."""
         if self._dead:
@@ -202,38 +154,6 @@ class SplitQueue(Virtqueue):
         self._pushed = pushed = pushed + 1
         self._used[1] = pushed & 0xFFFF
 
-    def notify(self) -> None:
-        """See :meth:`Virtqueue.notify`; suppression as 2.7.7.2 says."""
-        if self._dead:
-            return
-        self._budget = self._last + self.size
-        if self._more:
-            self._more = False
-            self._again()
-        new = self._pushed - self._signalled
-        if not new:
-            return
-        self._signalled = self._pushed
-        with self._fence:
-            pass
-        if self._event_idx:
-            # The driver wants to know when the element at used_event is among the new ones.
-            wanted = new > (self._pushed - 1 - self._avail[2 + self.size]) & 0xFFFF
-        else:
-            wanted = not self._avail[0] & spec.VIRTQ_AVAIL_F_NO_INTERRUPT
-        if wanted:
-            self._interrupts += 1
-            self._interrupt()
-
-    def kill(self) -> None:
-        """See :meth:`Virtqueue.kill`."""
-        self._dead = True
-
-    @property
-    def dead(self) -> bool:
-        """Whether the queue has ended."""
-        return self._dead
-
     @property
     def pending(self) -> int:
         """See :attr:`Virtqueue.pending`; a nonsensical index counts as a full ring until it is popped."""
@@ -242,10 +162,6 @@ class SplitQueue(Virtqueue):
     def reached(self, position: int) -> bool:
         """See :meth:`Virtqueue.reached`; the position is the available index."""
         return not self._dead and self._last & 0xFFFF == position
-
-    def counters(self) -> dict[str, int]:
-        """See :meth:`Virtqueue.counters`."""
-        return {"popped": self._last, "pushed": self._pushed, "interrupts": self._interrupts}
 
     def _look(self) -> bool:
         """Whether the driver offers more. When not, it has been told to notify us of the next."""
@@ -276,31 +192,12 @@ class SplitQueue(Virtqueue):
         self._more = self._offered == last
         return not self._more
 
-    def _fail(self, message: str) -> NoReturn:
-        error = BadDescriptorChain(f"queue {self.index}: {message}")
-        # What was served before the error still reaches the driver.
-        self.notify()
-        self._dead = True
-        self._on_error(error)
-        raise error from None
+    def _wanted(self, new: int) -> bool:
+        """Suppression as 2.7.7.2 says."""
+        if self._event_idx:
+            # The driver wants to know when the element at used_event is among the new ones.
+            return new > (self._pushed - 1 - self._avail[2 + self.size]) & 0xFFFF
+        return not self._avail[0] & spec.VIRTQ_AVAIL_F_NO_INTERRUPT
 
-    def _check_indirect(self, length: int, flags: int, table: memoryview) -> None:
-        """The rules of 2.7.5.3.1 for a descriptor that refers to an indirect table."""
-        if not self._indirect:
-            raise BadDescriptorChain("indirect descriptor, but VIRTIO_F_INDIRECT_DESC was not negotiated")
-        if table is not self._table:
-            raise BadDescriptorChain("indirect descriptor inside an indirect table")
-        if flags & _NEXT:
-            raise BadDescriptorChain("indirect descriptor with NEXT set")
-        if length & 15 or not length:
-            raise BadDescriptorChain(f"indirect table of {length} bytes, not of 16-byte entries")
-
-    def _refuse_rom(self, address: int, length: int) -> None:
-        for start, end in self._roms:
-            if address < end and start < address + length:
-                raise BadDescriptorChain(f"device-writable buffer at {address:#x} is read-only memory")
-
-    def _refuse_push(self, chain: Chain) -> None:
-        """A chain of an earlier life is dropped in silence; anything else is a bug of the device."""
-        if chain._queue is None or not chain._queue.dead:
-            raise ValueError(f"queue {self.index}: chain {chain.head} was pushed twice, or elsewhere")
+    def _rewind(self, chain: Chain) -> None:
+        """The position is all there is."""

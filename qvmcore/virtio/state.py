@@ -46,6 +46,7 @@ CORE_FEATURES = (
     1 << spec.VIRTIO_F_VERSION_1
     | 1 << spec.VIRTIO_F_EVENT_IDX
     | 1 << spec.VIRTIO_F_INDIRECT_DESC
+    | 1 << spec.VIRTIO_F_RING_PACKED
     | 1 << spec.VIRTIO_F_RING_RESET
 )
 
@@ -156,7 +157,8 @@ class VirtioState:
     @property
     def offered(self) -> int:
         """The features offered: the device's own, the core's and the transport's."""
-        return self._vdev.device_features() | CORE_FEATURES | self._transport_features
+        in_order = self._vdev.in_order << spec.VIRTIO_F_IN_ORDER
+        return self._vdev.device_features() | CORE_FEATURES | self._transport_features | in_order
 
     # ---- for transports: registers, on vCPU threads ---------------------------------------
 
@@ -236,7 +238,7 @@ class VirtioState:
             if value & 1:
                 if self.queue_configurable(index):
                     try:
-                        setup.enable(self._vdev.ctx.memory)
+                        setup.enable(self._vdev.ctx.memory, self._features)
                     except GuestError as error:
                         self.needs_reset(type(error)(f"queue {index}: {error}"))
                         return

@@ -1,15 +1,17 @@
-"""How fast is the ring? 4 KiB reads through the real queue, and one access through the bus.
+"""How fast are the rings? 4 KiB reads through the real queues, and one access through the bus.
 
     python tests/bench/ring.py [--json] [--seconds 2]
 
 The device is the virtio-blk plugin on a host file in memory when it is installed, and a disk of
 three descriptors and a memcpy otherwise (``--builtin`` forces that one). ``queue`` is the queue and
-the handler alone, on one thread; ``device`` is the way through the notify register, the doorbell
-and the worker thread, interrupt and acknowledgement included. The driver's work is in both.
+the handler alone, in CPU time of one thread, so that other load on the host does not count;
+``device`` is the way through the notify register, the doorbell and the worker thread, interrupt and
+acknowledgement included, in wall time. The driver's work is in both. Split and packed take turns.
 """
 
 from __future__ import annotations
 
+import abc
 import argparse
 import importlib
 import json
@@ -18,13 +20,14 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from qvmcore.bus import AddressSpace
 from qvmcore.testing.driver import MmioDriver
 from qvmcore.testing.fakes import Plugged, plug
-from qvmcore.testing.ring import SplitDriver
+from qvmcore.testing.ring import RingDriver
 from qvmcore.types import MmioHandler, Window
 from qvmcore.virtio import spec
 from qvmcore.virtio.device import VirtioVdev
@@ -32,7 +35,7 @@ from qvmcore.virtio.queue import Virtqueue
 
 DEPTH, BLOCK, DISK = 32, 4096, 1 << 20
 HEADER = struct.Struct("<IIQ")
-WRITE = spec.VIRTQ_DESC_F_WRITE
+NEXT, WRITE = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE
 
 
 class MemoryDisk(VirtioVdev):
@@ -61,29 +64,47 @@ class MemoryDisk(VirtioVdev):
             queue.push(chain, position - start + 1)
 
 
-class Feeder:
+class Feeder(abc.ABC):
     """A driver that offers the same ``DEPTH`` requests again and again, at next to no cost."""
 
-    def __init__(self, ring: SplitDriver) -> None:
-        self._ring = ring
+    def __init__(self, ring: RingDriver) -> None:
+        self.ring = ring
+        self.chains = [
+            (
+                (ring.ram.put(HEADER.pack(0, 0, number * BLOCK // 512)), HEADER.size, NEXT),
+                (ring.ram.alloc(BLOCK), BLOCK, WRITE | NEXT),
+                (ring.ram.alloc(1), 1, WRITE),
+            )
+            for number in range(DEPTH)
+        ]
+
+    @abc.abstractmethod
+    def offer(self) -> None:
+        """All of them, and ask for an interrupt when the last comes back."""
+
+    @property
+    @abc.abstractmethod
+    def done(self) -> bool:
+        """Whether all came back."""
+
+
+class SplitFeeder(Feeder):
+    """Names the same heads again."""
+
+    def __init__(self, ring: RingDriver) -> None:
+        super().__init__(ring)
         self._avail = ring.memory.view(ring.avail, 6 + 2 * ring.size).cast("H")
         self._used = ring.memory.view(ring.used, 6 + 8 * ring.size).cast("H")
         self._mask = ring.size - 1
         self._index = 0
-        self._heads: list[int] = []
-        for number in range(DEPTH):
-            header = ring.ram.put(HEADER.pack(0, 0, number * BLOCK // 512))
-            data, status = ring.ram.alloc(BLOCK), ring.ram.alloc(1)
-            first = 3 * number
-            ring.write_desc(first, header, HEADER.size, spec.VIRTQ_DESC_F_NEXT, first + 1)
-            ring.write_desc(first + 1, data, BLOCK, WRITE | spec.VIRTQ_DESC_F_NEXT, first + 2)
-            ring.write_desc(first + 2, status, 1, WRITE)
-            self._heads.append(first)
+        for chain, rows in enumerate(self.chains):
+            for place, row in enumerate(rows):
+                ring.write_desc(3 * chain + place, *row, 3 * chain + place + 1)
 
     def offer(self) -> None:
-        """All of them."""
         avail, mask, index = self._avail, self._mask, self._index
-        for head in self._heads:
+        avail[2 + mask + 1] = (index + DEPTH - 1) & 0xFFFF
+        for head in range(0, 3 * DEPTH, 3):
             avail[2 + (index & mask)] = head
             index += 1
         self._index = index
@@ -91,8 +112,42 @@ class Feeder:
 
     @property
     def done(self) -> bool:
-        """Whether all came back."""
         return self._used[1] == self._index & 0xFFFF
+
+
+class PackedFeeder(Feeder):
+    """The ring holds the descriptors of one batch, so each lap writes the same ones with other flags."""
+
+    def __init__(self, ring: RingDriver) -> None:
+        super().__init__(ring)
+        rows = [(row, chain) for chain, rows in enumerate(self.chains) for row in rows]
+        assert ring.size == len(rows)
+        self._cells = ring.memory.view(ring.desc, 16 * ring.size).cast("Q")
+        self._event = ring.memory.view(ring.avail, 4).cast("I")
+        self._laps = [
+            [
+                word
+                for (address, length, flags), chain in rows
+                for word in (address, length | chain << 32 | (flags | mark) << 48)
+            ]
+            for mark in (spec.VIRTQ_DESC_F_AVAIL, spec.VIRTQ_DESC_F_USED)
+        ]
+        self._images = [memoryview(struct.pack(f"<{2 * len(rows)}Q", *lap)).cast("Q") for lap in self._laps]
+        self._last = 2 * (len(rows) - 3) + 1
+        self._wrap = 1
+
+    def offer(self) -> None:
+        wrap = self._wrap
+        # Wanted: the last chain's used descriptor.
+        self._event[0] = self._last // 2 | wrap << 15 | spec.RING_EVENT_FLAGS_DESC << 16
+        self._cells[:] = self._images[1 - wrap]
+        self._wrap = 1 - wrap
+
+    @property
+    def done(self) -> bool:
+        flags = self._cells[self._last] >> 48
+        both = spec.VIRTQ_DESC_F_AVAIL | spec.VIRTQ_DESC_F_USED
+        return flags & both == (0 if self._wrap else both)
 
 
 def disk(builtin: bool) -> Plugged[Any]:
@@ -109,34 +164,33 @@ def disk(builtin: bool) -> Plugged[Any]:
     return plug(MemoryDisk)
 
 
-def bring_up(device: Plugged[Any]) -> tuple[MmioDriver, Feeder]:
+def bring_up(device: Plugged[Any], packed: bool) -> tuple[MmioDriver, Feeder]:
     """A driver that has done 3.1.1, with EVENT_IDX."""
     driver = MmioDriver.of(device)
-    driver.start(1 << spec.VIRTIO_F_VERSION_1 | 1 << spec.VIRTIO_F_EVENT_IDX)
+    features = 1 << spec.VIRTIO_F_VERSION_1 | 1 << spec.VIRTIO_F_EVENT_IDX
+    size = 3 * DEPTH if packed else 256
+    driver.start(features | packed << spec.VIRTIO_F_RING_PACKED, [size])
     device.settle()
     # A device may have changed its configuration at the activation; its interrupt is not counted.
     driver.ack()
-    return driver, Feeder(driver.queues[0])
+    return driver, (PackedFeeder if packed else SplitFeeder)(driver.queues[0])
 
 
-def rate(batch: Callable[[], None], seconds: float) -> float:
-    """Requests a second: the best of five runs, because other load only ever makes it slower."""
+def rate(batch: Callable[[], None], seconds: float, clock: Callable[[], float]) -> float:
+    """Requests a second of ``clock`` for ``seconds``."""
     batch()
-    best = 0.0
-    for _ in range(5):
-        count, started = 0, time.perf_counter()
-        end = started + seconds / 5
-        while time.perf_counter() < end:
-            for _ in range(16):
-                batch()
-            count += 16 * DEPTH
-        best = max(best, count / (time.perf_counter() - started))
-    return best
+    count, started = 0, clock()
+    end = started + seconds
+    while clock() < end:
+        for _ in range(16):
+            batch()
+        count += 16 * DEPTH
+    return count / (clock() - started)
 
 
-def queue_rate(device: Plugged[Any], seconds: float) -> float:
+def queue_batch(device: Plugged[Any], packed: bool) -> Callable[[], None]:
     """The queue and the handler on this thread."""
-    _, feeder = bring_up(device)
+    _, feeder = bring_up(device, packed)
     queue = device.vdev.virtio.queue(0)
     handle = device.vdev.handle_queue
 
@@ -145,16 +199,17 @@ def queue_rate(device: Plugged[Any], seconds: float) -> float:
         handle(0, queue)
         queue.notify()
 
-    return rate(batch, seconds)
+    batch()
+    assert feeder.done
+    return batch
 
 
-def device_rate(device: Plugged[Any], seconds: float) -> float:
+def device_batch(device: Plugged[Any], packed: bool) -> Callable[[], None]:
     """Through the notify register, the worker and the interrupt."""
-    driver, feeder = bring_up(device)
-    ring, line = driver.queues[0], device.irq
+    driver, feeder = bring_up(device, packed)
+    line = device.irq
 
     def batch() -> None:
-        ring.set_used_event((feeder._index + DEPTH - 1) & 0xFFFF)
         feeder.offer()
         seen = line.count
         driver.notify(0)
@@ -162,7 +217,26 @@ def device_rate(device: Plugged[Any], seconds: float) -> float:
         assert feeder.done
         driver.ack(1)
 
-    return rate(batch, seconds)
+    return batch
+
+
+def compare(builtin: bool, seconds: float) -> tuple[str, dict[str, float]]:
+    """The best of five turns each: requests a second by way and ring."""
+    best: dict[str, float] = {}
+    with ExitStack() as devices:
+        for way, make, clock in (
+            ("queue", queue_batch, time.thread_time),
+            ("device", device_batch, time.perf_counter),
+        ):
+            pair = [devices.enter_context(disk(builtin)) for _ in range(2)]
+            batches = {
+                f"{way}_{'packed' if packed else 'split'}": make(device, packed)
+                for packed, device in zip((False, True), pair, strict=True)
+            }
+            for _ in range(5):
+                for name, batch in batches.items():
+                    best[name] = max(best.get(name, 0.0), rate(batch, seconds / 5, clock))
+        return pair[0].vdev.vdev_type, best
 
 
 def bus_microseconds(windows: int = 64, accesses: int = 200_000) -> tuple[float, float]:
@@ -191,17 +265,13 @@ def main() -> None:
     parser.add_argument("--builtin", action="store_true", help="do not use the virtio-blk plugin")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each measurement")
     arguments = parser.parse_args()
-    with disk(arguments.builtin) as device:
-        kind = device.vdev.vdev_type
-        on_queue = queue_rate(device, arguments.seconds)
-        on_device = device_rate(device, arguments.seconds)
+    kind, best = compare(arguments.builtin, arguments.seconds)
     read, write = bus_microseconds()
     results: dict[str, object] = {
         "device": kind,
         "depth": DEPTH,
         "bytes": BLOCK,
-        "queue_requests_per_second": round(on_queue),
-        "device_requests_per_second": round(on_device),
+        **{f"{name}_requests_per_second": round(value) for name, value in best.items()},
         "bus_read_us": round(read, 3),
         "bus_write_us": round(write, 3),
     }
@@ -209,9 +279,11 @@ def main() -> None:
         print(json.dumps(results))
         return
     print(f"4 KiB reads, depth {DEPTH}, {kind} ({Path(sys.executable).name}, {os.cpu_count()} CPUs)")
-    print(f"  queue and handler, one thread   {on_queue:12,.0f} requests/s  {1e6 / on_queue:6.2f} us each")
-    print(f"  register, worker and interrupt  {on_device:12,.0f} requests/s  {1e6 / on_device:6.2f} us each")
-    print(f"  bus, 64 windows                 {read:12.2f} us a read   {write:6.2f} us a write")
+    print("                                      split      packed  requests/s")
+    for way, title in (("queue", "queue and handler, CPU time"), ("device", "register, worker, interrupt")):
+        split, packed = best[f"{way}_split"], best[f"{way}_packed"]
+        print(f"  {title:30} {split:11,.0f} {packed:11,.0f}  packed/split {packed / split:.2f}")
+    print(f"  bus, 64 windows: {read:.2f} us a read, {write:.2f} us a write")
 
 
 if __name__ == "__main__":

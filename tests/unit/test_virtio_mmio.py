@@ -198,8 +198,9 @@ def test_2_1_failed_before_driver_ok_keeps_it_off(echo: Plugged[Echo], driver: M
 
 
 def test_2_2_features_of_any_width(echo: Plugged[Echo], driver: MmioDriver) -> None:
-    ring = sum(1 << bit for bit in (28, 29, 32, 38, 40))
+    ring = sum(1 << bit for bit in (28, 29, 32, 34, 35, 38, 40))
     assert driver.offered() == 1 | 1 << 100 | ring
+    driver.packed = True
     driver.start()
     assert echo.vdev.virtio.features == driver.offered()
 

@@ -12,14 +12,14 @@ import time
 from qvm_virtio_blk.device import VirtioBlk
 from qvm_virtio_blk.testing import IN, OUT, header
 
-from qvmcore.testing.driver import MmioDriver, SplitDriver
+from qvmcore.testing.driver import MmioDriver, RingDriver
 from qvmcore.testing.fakes import plug
 
 CHAINS, BLOCK = 64, 4096
 NEXT, WRITE = 1, 2
 
 
-def _fill(ring: SplitDriver, kind: int, disk_blocks: int) -> None:
+def _fill(ring: RingDriver, kind: int, disk_blocks: int) -> None:
     """CHAINS requests in the descriptor table, and every entry of the available ring names one."""
     for chain in range(CHAINS):
         head = 3 * chain

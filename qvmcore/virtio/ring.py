@@ -1,0 +1,153 @@
+"""What the split and the packed virtqueue have in common, device side (virtio 1.4, 2.6).
+
+Positions count up without wrapping; only what is stored in the rings wraps. Every piece of ring
+state a guest can write is loaded once for each decision, so it cannot change between check and use.
+
+Memory order: the interpreter neither reorders nor splits these accesses, and x86 keeps loads and
+stores in program order. The one order x86 does not keep, a store followed by a load of another
+address, matters twice (publish then ask for suppression, 2.7.13.4.1; re-arm then look again,
+2.7.10) and gets a locked instruction between: taking a lock is a full barrier there.
+"""
+
+from __future__ import annotations
+
+import abc
+import sys
+import threading
+from collections.abc import Callable
+from typing import NoReturn
+
+from qvmcore.errors import BadDescriptorChain
+from qvmcore.memory import GuestMemory
+from qvmcore.virtio import spec
+from qvmcore.virtio.chain import Chain
+from qvmcore.virtio.queue import Virtqueue
+
+if sys.byteorder != "little":
+    raise ImportError("qvmcore.virtio reads the little-endian rings directly: little-endian hosts only")
+
+
+class RingQueue(Virtqueue):
+    """A virtqueue between DRIVER_OK and reset, whatever its format.
+
+    ``interrupt()`` signals a used buffer notification; ``on_error(error)`` is told of a broken
+    ring before BadDescriptorChain is raised; ``again()`` has the device come back for what a driver
+    that never stops offering left behind.
+    """
+
+    __slots__ = (
+        "_again", "_budget", "_dead", "_event_idx", "_fence", "_indirect", "_interrupt", "_interrupts",
+        "_last", "_more", "_newest", "_on_error", "_pushed", "_region", "_roms", "_signalled", "_view",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        index: int,
+        size: int,
+        memory: GuestMemory,
+        features: int,
+        interrupt: Callable[[], None],
+        on_error: Callable[[BaseException], None],
+        again: Callable[[], None],
+    ) -> None:
+        self.index = index
+        self.size = size
+        self._view = memory.view
+        # The largest region holds nearly every buffer; checked here it saves a call per descriptor.
+        largest = max(memory.regions, key=lambda region: region.size)
+        self._region = (largest.start, largest.size, largest.view)
+        self._roms = tuple((region.start, region.end) for region in memory.regions if region.rom)
+        self._event_idx = bool(features >> spec.VIRTIO_F_EVENT_IDX & 1)
+        self._indirect = bool(features >> spec.VIRTIO_F_INDIRECT_DESC & 1)
+        self._interrupt = interrupt
+        self._on_error = on_error
+        self._again = again
+        self._fence = threading.Lock()
+        self._dead = False
+        self._last = 0  # chains popped
+        self._budget = size  # position up to which pop() gives chains before the next notify()
+        self._more = False  # pop() stopped there
+        self._pushed = 0
+        self._signalled = 0  # value of _pushed at the last notify()
+        self._interrupts = 0
+        self._newest: Chain | None = None
+
+    def unpop(self, chain: Chain) -> None:
+        """See :meth:`Virtqueue.unpop`."""
+        if self._dead:
+            return
+        if chain is not self._newest or chain._queue is not self:
+            raise ValueError(f"queue {self.index}: chain {chain.head} is not the one popped last")
+        chain._queue = self._newest = None
+        self._last -= 1
+        self._rewind(chain)
+
+    def notify(self) -> None:
+        """See :meth:`Virtqueue.notify`."""
+        if self._dead:
+            return
+        self._budget = self._last + self.size
+        if self._more:
+            self._more = False
+            self._again()
+        new = self._pushed - self._signalled
+        if not new:
+            return
+        self._signalled = self._pushed
+        with self._fence:
+            pass
+        if self._wanted(new):
+            self._interrupts += 1
+            self._interrupt()
+
+    def kill(self) -> None:
+        """See :meth:`Virtqueue.kill`."""
+        self._dead = True
+
+    @property
+    def dead(self) -> bool:
+        """Whether the queue has ended."""
+        return self._dead
+
+    def counters(self) -> dict[str, int]:
+        """See :meth:`Virtqueue.counters`."""
+        return {"popped": self._last, "pushed": self._pushed, "interrupts": self._interrupts}
+
+    # ---- of the format -----------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def _wanted(self, new: int) -> bool:
+        """Whether the driver wants a notification of the ``new`` chains pushed last."""
+
+    @abc.abstractmethod
+    def _rewind(self, chain: Chain) -> None:
+        """Take the place in the ring back to that of the chain popped last."""
+
+    # ---- refusals ----------------------------------------------------------------------------
+
+    def _fail(self, message: str) -> NoReturn:
+        error = BadDescriptorChain(f"queue {self.index}: {message}")
+        # What was served before the error still reaches the driver.
+        self.notify()
+        self._dead = True
+        self._on_error(error)
+        raise error from None
+
+    def _check_table(self, length: int, flags: int) -> None:
+        """The rules of 2.7.5.3.1 and 2.8.19 for a descriptor that refers to an indirect table."""
+        if not self._indirect:
+            raise BadDescriptorChain("indirect descriptor, but VIRTIO_F_INDIRECT_DESC was not negotiated")
+        if flags & spec.VIRTQ_DESC_F_NEXT:
+            raise BadDescriptorChain("indirect descriptor with NEXT set")
+        if length & 15 or not length:
+            raise BadDescriptorChain(f"indirect table of {length} bytes, not of 16-byte entries")
+
+    def _refuse_rom(self, address: int, length: int) -> None:
+        for start, end in self._roms:
+            if address < end and start < address + length:
+                raise BadDescriptorChain(f"device-writable buffer at {address:#x} is read-only memory")
+
+    def _refuse_push(self, chain: Chain) -> None:
+        """A chain of an earlier life is dropped in silence; anything else is a bug of the device."""
+        if chain._queue is None or not chain._queue.dead:
+            raise ValueError(f"queue {self.index}: chain {chain.head} was pushed twice, or elsewhere")

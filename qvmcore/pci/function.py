@@ -116,27 +116,13 @@ class PciFunction:
     def connect(self, port: FunctionPort, *, multifunction: bool = False) -> None:
         """Hang the function on its bus, before the guest starts."""
         self._port = port
-        self._layout.set_multifunction(multifunction)
-        self._bytes[spec.HEADER_TYPE] = self._layout.initial[spec.HEADER_TYPE]
+        self._bytes[spec.HEADER_TYPE] = multifunction * spec.HEADER_MULTIFUNCTION
         self.interrupts.connect(port)
 
     def bind_bar(self, position: int, handler: MmioHandler) -> None:
         """Replace the handler of ``bars[position]``, before the guest starts."""
         old = self._bars[position]
         self._bars[position] = Bar(old.number, old.window, handler, old.wide, old.prefetchable)
-
-    def preset_bar(self, number: int, address: int) -> None:
-        """Firmware's work: write an address into a BAR register without decoding it yet.
-
-        It also survives a reset. Raises ValueError when the function has no such BAR.
-        """
-        bar = self._bar(number)
-        if bar is None:
-            raise ValueError(f"there is no BAR {number}")
-        self._layout.set_bar(bar, address)
-        at = spec.BAR0 + 4 * number
-        end = at + 4 * len(bar.numbers)
-        self._bytes[at:end] = self._layout.initial[at:end]
 
     def config_read(self, offset: int, size: int) -> int:
         """``size`` bytes at ``offset`` of the 4096; bytes outside of it are all ones."""
@@ -165,13 +151,6 @@ class PciFunction:
                     bits = value >> 8 * index & 0xFF
                     self._bytes[at] = self._bytes[at] & ~mask[at] | bits & mask[at]
             self._written(offset, offset + size)
-
-    def reset(self) -> None:
-        """Power-on state: BARs disabled, everything the guest wrote forgotten."""
-        with self._lock:
-            self._bytes[:] = self._layout.initial
-            self.interrupts.reset()
-            self._written(0, spec.CONFIG_SIZE)
 
     # ---- inside ------------------------------------------------------------------------------------
 

@@ -120,12 +120,6 @@ class PciInterrupts:
             self._update_intx()
             self._deliver(self._pending)
 
-    def reset(self) -> None:
-        """Power-on state of the table, all vectors masked; levels of the device stay."""
-        with self._lock:
-            self._table = [[0, 0, 0, _MASKED] for _ in range(self.vectors)]
-            self._pending = 0
-
     @property
     def pba_offset(self) -> int:
         """Where the pending bits start in the MSI-X BAR: directly behind the table."""

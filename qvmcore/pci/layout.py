@@ -9,12 +9,6 @@ from qvmcore.pci.bar import Bar
 from qvmcore.pci.capability import Capability
 from qvmcore.types import MmioHandler, PciId
 
-_WRITABLE = {
-    spec.COMMAND: spec.COMMAND_MEMORY | spec.COMMAND_BUS_MASTER | spec.COMMAND_INTX_DISABLE,
-    spec.CACHE_LINE_SIZE: 0xFF,
-    spec.INTERRUPT_LINE: 0xFF,
-}
-
 
 class ConfigLayout:
     """The power-on bytes, the write mask and the handled ranges of one function.
@@ -47,20 +41,15 @@ class ConfigLayout:
         self._put(spec.SUBSYSTEM_VENDOR_ID, 2, identity.subsystem_vendor)
         self._put(spec.SUBSYSTEM_ID, 2, identity.subsystem)
         self._put(spec.INTERRUPT_PIN, 1, int(intx))
-        for register, bits in _WRITABLE.items():
-            self.mask[register : register + 2] = (
-                bits | int.from_bytes(self.mask[register : register + 2], "little")
-            ).to_bytes(2, "little")
+        # What a function does not do, it cannot be told to do: such bits are wired to 0 (6.2.2).
+        command = bool(bars) * spec.COMMAND_MEMORY | intx * spec.COMMAND_INTX_DISABLE
+        if bars or intx:
+            command |= spec.COMMAND_BUS_MASTER
+            self.mask[spec.CACHE_LINE_SIZE] = 0xFF
+        self.mask[spec.COMMAND : spec.COMMAND + 2] = command.to_bytes(2, "little")
+        self.mask[spec.INTERRUPT_LINE] = intx * 0xFF
         self._bars(bars)
         self._chain(capabilities)
-
-    def set_multifunction(self, multifunction: bool) -> None:
-        """Bit 7 of Header Type: the device has more than one function."""
-        self.initial[spec.HEADER_TYPE] = multifunction * spec.HEADER_MULTIFUNCTION
-
-    def set_bar(self, bar: Bar, address: int) -> None:
-        """The power-on address of a BAR."""
-        self._put(spec.BAR0 + 4 * bar.number, 4 * len(bar.numbers), address & -bar.window.size | bar.flags)
 
     def offset_of(self, capability: Capability) -> int:
         """Where a capability is. Raises ValueError for one that is not in the chain."""

@@ -41,7 +41,7 @@ _END = GuestEnd(Reason.GUEST_SHUTDOWN, "conformance")
 _WRITE, _NEXT, _INDIRECT = spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_INDIRECT
 
 
-class _Kit:
+class Kit:
     """What every conformance class shares."""
 
     vdev_class: ClassVar[type[Vdev]]
@@ -69,7 +69,7 @@ class _Kit:
         return {offset: value for offset, value in registers.items() if offset not in self.volatile}
 
 
-class VdevConformance(_Kit):
+class VdevConformance(Kit):
     """What holds for every vdev."""
 
     def test_it_declares_itself(self) -> None:
@@ -127,7 +127,7 @@ class VdevConformance(_Kit):
             assert not any(line.level for line in device.ctx.irqs)
 
 
-class MmioConformance(_Kit):
+class MmioConformance(Kit):
     """What holds for every vdev with registers."""
 
     def test_any_offset_and_size_is_harmless(self, device: Plugged[Any]) -> None:
@@ -149,7 +149,7 @@ class MmioConformance(_Kit):
             base += window.size
 
 
-class TerminationConformance(_Kit):
+class TerminationConformance(Kit):
     """What holds when the VM ends, however it ends."""
 
     def test_the_end_succeeds_and_leaves_no_thread(self, tmp_path: Path) -> None:

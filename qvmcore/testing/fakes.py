@@ -16,8 +16,12 @@ from typing import Generic, TypeVar
 from qvmcore.bus import AddressSpace, all_ones
 from qvmcore.errors import ConfigError, Diagnostic, GuestError
 from qvmcore.events import Worker
+from qvmcore.irq import IrqLine
 from qvmcore.memory import GuestMemory
 from qvmcore.options import convert_options
+from qvmcore.pci.function import PciFunction
+from qvmcore.pci.interrupts import PciInterrupts
+from qvmcore.pci.vdev import PciVdev, function_of, interrupts_of
 from qvmcore.termination import Phase, StepResult, TerminationCallback, TerminationPlan
 from qvmcore.testing.driver import GuestRam, MmioDriver, VirtioDriver
 from qvmcore.testing.fake_pci import FakePciBus
@@ -26,7 +30,7 @@ from qvmcore.types import GuestEnd, IntrSpec, MemorySpec, MmioHandler, Reason, W
 from qvmcore.vdev import Vdev
 from qvmcore.virtio.device import VirtioVdev
 from qvmcore.virtio.mmio import MmioTransport
-from qvmcore.virtio.pci import STRUCTURES, STRUCTURES_BAR, PciTransport
+from qvmcore.virtio.pci import STRUCTURES_BAR, PciTransport
 
 #: Where :func:`plug` puts the first window and the memory, guest-physical.
 BASE = 0x1C0D_0000
@@ -97,6 +101,8 @@ class FakeContext:
         self.base_dir = base_dir
         self.log = logging.LoggerAdapter(logging.getLogger("qvm.vdev.test"), {"vdev": name})
         self.irqs = tuple(FakeIrq() for _ in range(irqs))
+        #: The lines of a PciVdev, which end in ``irqs[0]``; empty for any other vdev.
+        self.pci_lines: Sequence[IrqLine] = ()
         self.faults: list[BaseException] = []
         self.shutdowns: list[tuple[str, int]] = []
         self.button_presses = 0
@@ -123,9 +129,9 @@ class FakeContext:
         """Whether the vdev's thread runs."""
         return self._worker is not None and self._worker.alive
 
-    def irq(self, index: int = 0) -> FakeIrq:
+    def irq(self, index: int = 0) -> IrqLine:
         """The fake line; IndexError for one the class does not declare."""
-        return self.irqs[index]
+        return self.pci_lines[index] if self.pci_lines else self.irqs[index]
 
     def address(self, window: int = 0) -> int | None:
         """Where :func:`plug` put a window."""
@@ -201,7 +207,9 @@ class Plugged(Generic[V]):
     @property
     def windows(self) -> Sequence[Window]:
         """What lies at ``base``, one behind the other."""
-        return self.vdev.windows if self.pci is None else (STRUCTURES,)
+        if self.pci is None:
+            return self.vdev.windows
+        return tuple(bar.window for bar in self.pci.function.bars[:1])
 
     def driver(self) -> VirtioDriver:
         """A guest's driver for this virtio device, which has not begun."""
@@ -268,13 +276,19 @@ def plug(
     if not issubclass(vdev_class, VirtioVdev):
         ctx.serial = threading.RLock()
     vdev = vdev_class(ctx, converted)
+    interrupts = interrupts_of(vdev_class) if issubclass(vdev_class, PciVdev) else PciInterrupts()
+    if isinstance(vdev, PciVdev):
+        ctx.pci_lines = [interrupts.line(index) for index in range(vdev_class.irqs)]
     bus = AddressSpace()
     plugged = Plugged(vdev, ctx, bus, base)
     ctx.threads_allowed = True
     try:
         vdev.on_configured()
         if isinstance(vdev, VirtioVdev) and (transport or _transport.get()) == "pci":
-            _hang(plugged, vdev)
+            over_pci = plugged.transport = PciTransport(vdev)
+            plugged.base = _hang(plugged, over_pci.function, STRUCTURES_BAR)
+        elif isinstance(vdev, PciVdev):
+            plugged.base = _hang(plugged, function_of(vdev, interrupts), 0)
         else:
             _place(plugged)
         bus.freeze()
@@ -286,16 +300,17 @@ def plug(
     return plugged
 
 
-def _hang(plugged: Plugged[V], vdev: VirtioVdev) -> None:
-    """Put a virtio vdev on a PCI bus and enumerate it, as the core's binding and firmware do."""
+def _hang(plugged: Plugged[V], function: PciFunction, first: int) -> int:
+    """Put a function on a PCI bus and enumerate it, as the core's binding and firmware do.
+
+    Where BAR ``first`` is now; the aperture when there is no such BAR.
+    """
     ctx = plugged.ctx
-    plugged.transport = transport = PciTransport(vdev)
-    plugged.pci = FakePciBus(
-        transport.function, plugged.bus, ctx.irqs[0], ctx.name, lambda handler: _isolated(handler, ctx)
-    )
+    irq = ctx.irqs[0] if ctx.irqs else FakeIrq()
+    plugged.pci = FakePciBus(function, plugged.bus, irq, ctx.name, lambda handler: _isolated(handler, ctx))
     plugged.device = PciDevice(plugged.pci, plugged.base)
     plugged.device.enumerate()
-    plugged.base, _ = plugged.device.bars[STRUCTURES_BAR]
+    return plugged.device.bars.get(first, (plugged.base, 0))[0]
 
 
 def _place(plugged: Plugged[V]) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 from qvmcore.engine import Engine
 from qvmcore.machine import Machine
 from qvmcore.options import convert_options
+from qvmcore.pci.vdev import PciVdev
 from qvmcore.plugins import EntryInfo, PluginHost
-from qvmcore.types import IntrSpec, LoadSpec, MachineSpec, MemorySpec, Source, VdevSpec
+from qvmcore.types import IntrSpec, LoadSpec, MachineSpec, MemorySpec, PciAddress, Source, VdevSpec
 from qvmcore.vdev import Vdev
+from qvmcore.virtio.device import VirtioVdev
 
 #: Where :func:`machine` places its vdevs, one every 64 KiB, with interrupts from FIRST_INTR on.
 FIRST_LOC = 0x1C0D_0000
@@ -48,12 +50,14 @@ def machine(
     plugins: Iterable[object] = (),
     on_fault: str = "isolate",
     options: dict[str, dict[str, Any]] | None = None,
+    pci: bool = False,
     **system: Any,
 ) -> Machine:
     """A machine with one vdev of each class, in order, named after its type, on 1 MiB of RAM.
 
     ``plugins`` are further hook implementations; ``options`` maps a vdev type to its options;
-    ``system`` overrides fields of the MachineSpec.
+    ``system`` overrides fields of the MachineSpec. A PciVdev is at PCI device number 1 plus its index,
+    and with ``pci`` so is a virtio vdev.
     """
     kernel = folder / "kernel.raw"
     kernel.write_bytes(bytes(16))
@@ -62,14 +66,16 @@ def machine(
         converted, problems = convert_options(cls.Options, (options or {}).get(cls.vdev_type, {}), folder)
         if problems:
             raise ValueError("; ".join(problem.message for problem in problems))
+        on_pci = issubclass(cls, PciVdev) or (pci and issubclass(cls, VirtioVdev))
         vdevs.append(
             VdevSpec(
                 cls.vdev_type,
                 cls.vdev_type,
                 converted,
-                FIRST_LOC + index * STRIDE if cls.windows else None,
-                IntrSpec("gic", FIRST_INTR + index) if cls.irqs else None,
+                FIRST_LOC + index * STRIDE if cls.windows and not on_pci else None,
+                IntrSpec("gic", FIRST_INTR + index) if cls.irqs and not on_pci else None,
                 on_fault,
+                pci=PciAddress(index + 1) if on_pci else None,
                 source=Source(str(folder / "vm.toml")),
                 base_dir=folder,
             )
@@ -82,6 +88,7 @@ def machine(
         "memory": (MemorySpec(0x4000_0000, 8 << 20),),
         "load": LoadSpec(kernel, format="raw"),
         "vdevs": tuple(vdevs),
+        "pci": pci or any(spec.pci is not None for spec in vdevs),
     } | system
     host = StaticHost(classes, engine)
     for plugin in plugins:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from qvmcore.bind import DefaultBindings, bind_window
 from qvmcore.boards import PciHost
@@ -47,6 +48,7 @@ class PciBinding:
         lines = {intr: SharedLine(guest.irq_line(intr)) for intr in set(self._routes.values())}
         for slot in self._slots:
             function = self._own.functions[id(slot.vdev)] = self._function(slot)
+            slot.place_of = partial(_place_of, function)
             for index, bar in enumerate(function.bars):
                 function.bind_bar(index, bind_window(slot, self._host, index, bar.window))
             assert slot.spec.pci is not None
@@ -76,3 +78,8 @@ class PciBinding:
         # A device that fails lets its interrupt fall, as every vdev does.
         slot.lines[0] = function.interrupts.line(0)
         return function
+
+
+def _place_of(function: PciFunction, window: int) -> int | None:
+    """Where the guest has put the BAR that a window is."""
+    return function.bar_address(function.bars[window].number)

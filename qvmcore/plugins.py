@@ -42,6 +42,7 @@ KNOWN = {
     "virtio-console": "qvm-virtio-console",
     "virtio-net": "qvm-virtio-net",
     "virtio-entropy": "qvm-virtio-entropy",
+    "shmem": "qvm-shmem",
     "pci-dummy": "qvm-pci-dummy",
     "pl011": "qvm-primecell",
     "pl061": "qvm-primecell",

@@ -111,6 +111,8 @@ class FakeContext:
         self.intr: IntrSpec | None = None
         #: Where the windows are, in their order.
         self.places: list[int] = []
+        #: What they are BARs of, on PCI.
+        self.function: PciFunction | None = None
         #: Held around register accesses and worker callbacks of a plain vdev.
         self.serial: AbstractContextManager[object] = nullcontext()
         self._worker: Worker | None = None
@@ -134,7 +136,9 @@ class FakeContext:
         return self.pci_lines[index] if self.pci_lines else self.irqs[index]
 
     def address(self, window: int = 0) -> int | None:
-        """Where :func:`plug` put a window."""
+        """Where :func:`plug`, or the driver that moved its BAR, put a window."""
+        if self.function is not None:
+            return self.function.bar_address(self.function.bars[window].number)
         return self.places[window] if window < len(self.places) else None
 
     def on_terminate(self, run: Callable[[GuestEnd], None], *, phase: Phase, deadline: float = 1.0) -> None:
@@ -306,6 +310,7 @@ def _hang(plugged: Plugged[V], function: PciFunction, first: int) -> int:
     Where BAR ``first`` is now; the aperture when there is no such BAR.
     """
     ctx = plugged.ctx
+    ctx.function = function
     irq = ctx.irqs[0] if ctx.irqs else FakeIrq()
     plugged.pci = FakePciBus(function, plugged.bus, irq, ctx.name, lambda handler: _isolated(handler, ctx))
     plugged.device = PciDevice(plugged.pci, plugged.base)

@@ -50,7 +50,7 @@ class InOrderQueue(Virtqueue):
             if chain not in order or not 0 <= written <= chain.writable:
                 # Not ours, or too much: the ring knows what to say.
                 self._ring.push(chain, written)
-            elif not self._ring.dead:
+            else:
                 early[chain] = written
             return
         self._ring.push(chain, written)

@@ -119,6 +119,43 @@ class FileBackend:
             os.close(fd)
 
 
+class ClosedBackend:
+    """Stands for a disk that is not open yet, or no more: no bytes, and nothing works."""
+
+    can_discard = True
+    granularity = 4096
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def measure(self) -> int:
+        """See Backend."""
+        return 0
+
+    def read(self, offset: int, length: int, views: Sequence[memoryview]) -> None:
+        """See Backend."""
+        raise _not_open()
+
+    def write(self, offset: int, length: int, views: Sequence[memoryview], *, durable: bool = False) -> None:
+        """See Backend."""
+        raise _not_open()
+
+    def discard(self, offset: int, length: int) -> None:
+        """See Backend."""
+        raise _not_open()
+
+    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        """See Backend."""
+        raise _not_open()
+
+    def flush(self) -> None:
+        """See Backend."""
+        raise _not_open()
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
 class MemoryBackend:
     """A RAM disk of ``size`` zeroed bytes; gone when the VM ends. Pages cost memory once touched."""
 
@@ -172,6 +209,10 @@ class MemoryBackend:
         """See Backend."""
         self._view.release()
         self._map.close()
+
+
+def _not_open() -> OSError:
+    return OSError(errno.ENODEV, "the disk is not open")
 
 
 def _pages(offset: int, length: int) -> tuple[int, int]:

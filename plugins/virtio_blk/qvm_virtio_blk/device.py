@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qvm_virtio_blk import spec
-from qvm_virtio_blk.backend import Backend
+from qvm_virtio_blk.backend import Backend, ClosedBackend
 from qvm_virtio_blk.image import open_disk
+from qvm_virtio_blk.late import LateOpen
+from qvm_virtio_blk.link import locate
+from qvm_virtio_blk.nbd import NbdDisk
 from qvm_virtio_blk.options import BlkOptions, identity
 from qvm_virtio_blk.request import (
     MAX_DISCARD_SECTORS,
@@ -34,7 +37,7 @@ class VirtioBlk(VirtioVdev):
     """A disk. Requests of a queue are served in the order the driver offers them."""
 
     vdev_type = "virtio-blk"
-    summary = "a disk backed by a raw image, a block device or memory"
+    summary = "a disk backed by a raw image, a block device, an NBD server or memory"
     Options = BlkOptions
     device_id = spec.DEVICE_ID
     queue_sizes: tuple[int, ...] = (QUEUE_SIZE,)
@@ -43,7 +46,9 @@ class VirtioBlk(VirtioVdev):
         self.queue_sizes = (QUEUE_SIZE,) * options.queues
         super().__init__(ctx, options)
         self._disk = options.disk
-        self._backend: Backend | None = None
+        self._backend: Backend = ClosedBackend()
+        self._remote: NbdDisk | None = None
+        self._late: LateOpen | None = None
         self._default_writeback = self._writeback = options.cache == "writeback"
         self._stats = Stats(ctx.log)
         self._session = Session(ctx.name, identity(options, ctx.name), self._disk.readonly, self._stats)
@@ -51,13 +56,39 @@ class VirtioBlk(VirtioVdev):
         self._queues = 1
 
     def on_configured(self) -> None:
-        """Open and lock the disk; its last flush comes before it is released."""
-        self._backend = open_disk(self._disk, self.ctx.base_dir, self.options.block_size)
+        """Open the disk, or prepare for that; its last flush comes before it is released."""
+        options, worker = self.options, self.ctx.worker
+        if self._disk.nbd:
+            self._remote = remote = NbdDisk(
+                locate(self._disk.nbd, self.ctx.base_dir), self._session, block_size=options.block_size,
+                timeout=options.nbd_timeout, worker=worker, changed=self.virtio.config_changed,
+                kick=self.virtio.kick, log=self.ctx.log,
+            )  # fmt: skip
+            now, attempt = remote.link.connect_now, remote.link.attempt
+        else:
+            now, attempt = self._open, self._open_late
+        if options.delayed is None:
+            now()
+        else:
+            seconds = None if options.delayed == "forever" else float(options.delayed)
+            self._late = LateOpen(worker, attempt, seconds, self.ctx.log)
         self.ctx.on_terminate(self._last_flush, phase=Phase.FLUSH, deadline=FLUSH_DEADLINE)
 
+    def _open(self) -> None:
+        options = self.options
+        self._backend = open_disk(
+            self._disk, self.ctx.base_dir, options.block_size, options.dio, self.ctx.log
+        )
+
+    def _open_late(self) -> bool:
+        self._open()
+        self.virtio.config_changed()
+        return True
+
     def on_starting(self) -> None:
-        """From here on the image may change its size."""
-        self.ctx.worker.call_later(SIZE_PERIOD, self._watch_size)
+        """From here on a file or block device may change its size; a server tells by itself."""
+        if self._remote is None and not self._disk.memory:
+            self.ctx.worker.call_later(SIZE_PERIOD, self._watch_size)
 
     def device_features(self) -> int:
         """5.2.3. A read-only disk has nothing to flush, no cache to switch and nothing to discard."""
@@ -67,26 +98,36 @@ class VirtioBlk(VirtioVdev):
         if self._disk.readonly:
             return features | spec.F_RO
         features |= spec.F_FLUSH | spec.F_CONFIG_WCE | spec.F_WRITE_ZEROES
-        if self._backend is not None and self._backend.can_discard:
+        # A late disk may turn out not to make holes; then discards change nothing, as they may.
+        if self._late is not None or self._store.can_discard:
             features |= spec.F_DISCARD
         return features
+
+    @property
+    def _store(self) -> Backend | NbdDisk:
+        return self._backend if self._remote is None else self._remote
+
+    def refuse_features(self, features: int) -> str:
+        """The driver is there: a late disk is opened now, so that it is there when it is measured."""
+        if self._late is not None:
+            self._late.touch()
+        return ""
 
     def config_space(self) -> bytes:
         """struct virtio_blk_config (5.2.4)."""
         options: BlkOptions = self.options
-        backend = self._backend
-        capacity = backend.size // spec.SECTOR if backend is not None else 0
+        store = self._store
         writable = not self._disk.readonly
-        discard = writable and backend is not None and backend.can_discard
-        granularity = max(options.block_size, backend.granularity if backend is not None else 0)
+        discard = bool(self.device_features() & spec.F_DISCARD)
+        granularity = max(options.block_size, store.granularity)
         return spec.CONFIG.pack(
-            capacity, 0, SEG_MAX, 0, 0, 0, options.block_size,
+            store.size // spec.SECTOR, 0, SEG_MAX, 0, 0, 0, options.block_size,
             options.physical_block_exponent, 0,
             options.min_io_size // options.block_size, options.opt_io_size // options.block_size,
             self._writeback, 0, options.queues,
             discard * MAX_DISCARD_SECTORS, discard * MAX_DISCARD_SEG,
             discard * granularity // spec.SECTOR,
-            writable * MAX_ZEROES_SECTORS, writable * MAX_ZEROES_SEG, discard,
+            writable * MAX_ZEROES_SECTORS, writable * MAX_ZEROES_SEG, discard and store.can_discard,
         )  # fmt: skip
 
     def config_write(self, offset: int, data: bytes) -> None:
@@ -110,13 +151,17 @@ class VirtioBlk(VirtioVdev):
     def on_deactivate(self) -> None:
         """The next driver starts with the configured cache mode."""
         self._writeback = self._default_writeback
+        if self._remote is not None:
+            self._remote.drop()
 
     def handle_queue(self, index: int, queue: Virtqueue) -> None:
         """Serve everything offered. The hot path: one pass, no allocation but the request."""
         if index >= self._queues:
             return
+        if self._remote is not None:
+            self._remote.serve(index, queue)
+            return
         backend, session = self._backend, self._session
-        assert backend is not None
         self._check_size(backend)
         capacity, seg_max, features = backend.size, session.seg_max, session.features
         read, push = backend.read, queue.push
@@ -152,37 +197,33 @@ class VirtioBlk(VirtioVdev):
     def _serve(self, backend: Backend, request: Request) -> int:
         """Everything but a read; returns the bytes written into the chain, the status included."""
         kind, offset, length, views, segments = request
-        session, stats = self._session, self._stats
+        session = self._session
         if kind == spec.T_GET_ID:
             fill(views, session.identity)
             return length + 1
-        if kind == spec.T_FLUSH:
+        if kind == spec.T_OUT:
+            if session.readonly:
+                raise RequestError(spec.S_IOERR, "write to a read-only disk")
+            backend.write(offset, length, views, durable=session.durable)
+        elif kind == spec.T_FLUSH:
             if not session.readonly:
                 backend.flush()
-            stats.flushes += 1
-            return 1
-        if session.readonly:
-            raise RequestError(spec.S_IOERR, "write to a read-only disk")
-        if kind == spec.T_OUT:
-            backend.write(offset, length, views, durable=session.durable)
-            stats.writes += 1
-            stats.bytes_written += length
-            return 1
-        for at, size, unmap in segments:
-            if kind == spec.T_DISCARD:
-                backend.discard(at, size)
-            else:
-                backend.write_zeroes(at, size, unmap)
-        if session.durable:
-            backend.flush()
-        stats.ranges(kind == spec.T_DISCARD, length)
+        else:
+            # The parser lets these pass only when they were negotiated, so the disk is writable.
+            for at, size, unmap in segments:
+                if kind == spec.T_DISCARD:
+                    backend.discard(at, size)
+                else:
+                    backend.write_zeroes(at, size, unmap)
+            if session.durable:
+                backend.flush()
+        self._stats.count(kind, length)
         return 1
 
     def _watch_size(self) -> None:
         """Polled: inotify says nothing about block devices and network file systems."""
-        if self._backend is not None:
-            self._check_size(self._backend)
-            self.ctx.worker.call_later(SIZE_PERIOD, self._watch_size)
+        self._check_size(self._backend)
+        self.ctx.worker.call_later(SIZE_PERIOD, self._watch_size)
 
     def _check_size(self, backend: Backend) -> None:
         """Tell the driver when the disk has another size now (5.2.6.2), counted in whole blocks."""
@@ -198,23 +239,29 @@ class VirtioBlk(VirtioVdev):
             self.virtio.config_changed()
 
     def _last_flush(self, end: GuestEnd) -> None:
-        if self._backend is not None and not self._disk.readonly:
+        if self._disk.readonly:
+            return
+        if self._remote is not None:
+            self._remote.last_flush(FLUSH_DEADLINE - 1)
+        elif not isinstance(self._backend, ClosedBackend):
             self._backend.flush()
 
     def on_terminate(self, end: GuestEnd) -> None:
         """Close the disk, which also unlocks it."""
-        backend, self._backend = self._backend, None
-        if backend is not None:
-            backend.close()
+        backend, self._backend = self._backend, ClosedBackend()
+        backend.close()
+        if self._remote is not None:
+            self._remote.close()
 
     def status(self) -> Mapping[str, object]:
         """Counters since the start, beside those of the queue."""
-        backend = self._backend
+        remote = self._remote.report() if self._remote is not None else {}
         return {
             **super().status(),
             "hostdev": self.options.hostdev,
             "readonly": self._disk.readonly,
             "writeback": self._writeback,
-            "size": backend.size if backend is not None else 0,
+            "size": self._store.size,
+            **remote,
             **self._stats.report(),
         }

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import stat
 from pathlib import Path
 
 from qvm_virtio_blk.backend import Backend, FileBackend, MemoryBackend
+from qvm_virtio_blk.direct import DirectBackend
 from qvm_virtio_blk.options import Disk
 from qvm_virtio_blk.spec import SECTOR
 from qvmcore.api import HostError, nearest
 
+Log = logging.LoggerAdapter[logging.Logger]
 
-def open_disk(disk: Disk, base: Path, block_size: int = SECTOR) -> Backend:
-    """Open and lock the disk; a relative path starts at ``base``.
+
+def open_disk(
+    disk: Disk, base: Path, block_size: int = SECTOR, dio: str = "disable", log: Log | None = None
+) -> Backend:
+    """Open and lock the file, block device or memory; a relative path starts at ``base``.
+
+    ``dio`` as in the options; with another value than ``disable``, ``log`` hears when it fails.
 
     Raises HostError with the path, the reason and what to do.
 
@@ -35,7 +43,9 @@ def open_disk(disk: Disk, base: Path, block_size: int = SECTOR) -> Backend:
     except BaseException:
         os.close(fd)
         raise
-    return FileBackend(fd, size)
+    if dio == "disable" or log is None:
+        return FileBackend(fd, size)
+    return DirectBackend(fd, size, writes=dio == "enable" and not disk.readonly, log=log)
 
 
 def _open(path: Path, readonly: bool) -> int:

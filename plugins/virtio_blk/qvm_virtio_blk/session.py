@@ -34,7 +34,7 @@ def answer(queue: Virtqueue, chain: Chain, status: int, written: int = 1) -> Non
     queue.push(chain, written if written == chain.writable else 0)
 
 
-def fill(views: Sequence[memoryview], data: bytes | memoryview) -> None:
+def fill(views: Sequence[memoryview], data: bytes | bytearray | memoryview) -> None:
     """Copy ``data`` into ``views``, which have just as much room."""
     done = 0
     for view in views:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 
+from qvm_virtio_blk import spec
+
 #: Seconds between two lines about failed requests: a guest can make thousands a second.
 LOG_PERIOD = 10.0
 
@@ -36,9 +38,17 @@ class Stats:
         self._log.warning("%s: request failed: %s%s", name, why, more)
         self._log_after, self._unlogged = now + LOG_PERIOD, 0
 
-    def ranges(self, discard: bool, length: int) -> None:
-        """Count a discard, or a write-zeroes, of ``length`` bytes in all."""
-        if discard:
+    def count(self, kind: int, length: int) -> None:
+        """Count a request that was done: its type and the bytes of the disk it was about."""
+        if kind == spec.T_IN:
+            self.reads += 1
+            self.bytes_read += length
+        elif kind == spec.T_OUT:
+            self.writes += 1
+            self.bytes_written += length
+        elif kind == spec.T_FLUSH:
+            self.flushes += 1
+        elif kind == spec.T_DISCARD:
             self.discards += 1
             self.bytes_discarded += length
         else:

@@ -65,3 +65,40 @@ def test_either_way_of_saying_read_only() -> None:
 def test_identity_is_the_serial_or_the_name_cut_to_20_bytes() -> None:
     assert identity(BlkOptions(hostdev="x", serial="S1"), "disk0") == b"S1" + bytes(18)
     assert identity(BlkOptions(hostdev="x"), "virtio-blk_of_a_long_name") == b"virtio-blk_of_a_long"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "nbd://host",
+        "nbd://host:10809/export",
+        "nbds://[::1]/x",
+        "nbd+unix:///?socket=/s",
+        "nbd+unix:///e%20x?socket=s",
+    ],
+)
+def test_an_nbd_server_is_named_by_its_uri(uri: str) -> None:
+    assert parse_hostdev(uri) == Disk(Path(uri), nbd=uri)
+    assert parse_hostdev(f"<{uri}").readonly
+
+
+@pytest.mark.parametrize(
+    ("uri", "why"),
+    [
+        ("nbd:host:10809", "names no host"),
+        ("nbd:///export", "names no host"),
+        ("nbd+unix:///export", "names no socket"),
+        ("nbd+unix://host/export?socket=/s", "names no socket"),
+        ("nbd+unx:///?socket=/s", r"did you mean 'nbd\+unix'"),
+        ("nbd://host:port/", "[Pp]ort"),
+        ("https://host/disk.img", "expected nbd://HOST:PORT/EXPORT"),
+    ],
+)
+def test_a_wrong_uri_is_told_how_it_should_be(uri: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        parse_hostdev(uri)
+
+
+def test_a_file_may_be_called_nbd() -> None:
+    assert parse_hostdev("nbd") == Disk(Path("nbd"))
+    assert parse_hostdev("nbd.img") == Disk(Path("nbd.img"))

@@ -1,0 +1,69 @@
+"""Real NBD servers for tests: nbdkit and qemu-nbd, on Unix sockets."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+
+class Server:
+    """An NBD server of ``image`` on a Unix socket; may be stopped, killed and started again.
+
+    ``flavour`` is "nbdkit" or "qemu-nbd"; ``words`` are further arguments, for
+    nbdkit one option and then parameters. Skips without the program.
+    """
+
+    def __init__(
+        self, folder: Path, image: Path, flavour: str = "nbdkit", words: tuple[str, ...] = ()
+    ) -> None:
+        if shutil.which(flavour) is None:
+            pytest.skip(f"{flavour} is not installed")
+        self.socket = folder / "nbd.sock"
+        if flavour == "nbdkit":
+            self.command = [
+                "nbdkit",
+                "-f",
+                "-U",
+                str(self.socket),
+                *words[:1],
+                "file",
+                str(image),
+                *words[1:],
+            ]
+        else:
+            self.command = ["qemu-nbd", "-t", "-k", str(self.socket), "-f", "raw", "--discard=unmap",
+                            "-x", "", *words, str(image)]  # fmt: skip
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def uri(self) -> str:
+        """What hostdev says."""
+        return f"nbd+unix:///?socket={self.socket}"
+
+    def start(self) -> Server:
+        """Start it and wait until it listens."""
+        self.socket.unlink(missing_ok=True)
+        self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL)
+        deadline = time.monotonic() + 10
+        while not self.socket.exists():
+            assert self.process.poll() is None and time.monotonic() < deadline, "the server does not start"
+            time.sleep(0.01)
+        return self
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal, e.g. SIGSTOP to make it silent."""
+        assert self.process is not None
+        os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        """kill -9; idempotent."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None

@@ -14,6 +14,8 @@ from qvmcore import api
 from qvmcore.termination import Phase
 from qvmcore.testing import abuse, conformance
 from qvmcore.vdev import Vdev, VdevContext
+from qvmcore.virtio.chain import Chain
+from qvmcore.virtio.device import VirtioVdev
 from tests.docs.snippets import blocks, environment, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +60,20 @@ def test_the_life_cycle_is_that_of_the_base_class() -> None:
     shown = set(re.findall(r"`(\w+)", first))
     methods = {name for name, value in vars(Vdev).items() if inspect.isfunction(value)}
     assert shown == methods - {"describe_fdt"}
+
+
+def test_the_virtio_methods_are_those_of_the_base_class() -> None:
+    table = GUIDE.split("| method | when | thread |")[2].split("\n\n")[0]
+    methods = {name for name, value in vars(VirtioVdev).items() if inspect.isfunction(value)}
+    inherited = {"__init__", "on_reset", "describe_fdt", "status"}
+    assert set(re.findall(r"`(\w+)\(", table)) == methods - inherited
+
+
+def test_what_it_says_of_chains_is_there() -> None:
+    table = GUIDE.split("| `chain.` | what |")[1].split("\n\n")[0]
+    first = " ".join(row.split("|")[1] for row in table.strip().splitlines()[1:])
+    named = set(re.findall(r"`(\w+)", first))
+    assert named == {name for name in dir(Chain) if not name.startswith("_")} - {"head", "readers", "writers"}
 
 
 def test_the_powers_are_those_of_the_context() -> None:

@@ -10,9 +10,10 @@ from qvm_shmem.device import Shmem
 
 from qvmcore.testing.conformance import MmioConformance, TerminationConformance, VdevConformance
 from qvmcore.testing.fakes import Plugged
+from qvmcore.testing.pci import PciConformance
 
 
-class TestShmem(VdevConformance, MmioConformance, TerminationConformance):
+class TestShmem(VdevConformance, MmioConformance, PciConformance, TerminationConformance):
     vdev_class = Shmem
 
     def make_options(self, tmp_path: Path) -> Mapping[str, object]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +21,7 @@ from qvmcore.testing.fakes import plug
 
 Boot = Callable[..., Guest]
 STATUS, IDX, NOTIFY, DETACH = 0x0, 0x4, 0x8, 0xC
+BAR1 = 0x14
 
 
 @pytest.fixture
@@ -136,6 +138,24 @@ def test_a_client_that_never_looks_holds_nobody_up(boot: Boot) -> None:
     for _ in range(70_000):
         one.device.vdev._attached[0].region.notify(2)
     assert two.device.vdev._attached[0].region.collect() == 1
+
+
+def test_the_address_follows_the_bar(boot: Boot) -> None:
+    guest = boot()
+    before = guest.attach(b"moo")
+    guest.store(before + PAGE, 42)
+    assert guest.device.device is not None
+    guest.device.device.write(BAR1, before + 4 * APERTURE)
+    after = guest.device.read(0x08, 8)
+    assert after == before + 4 * APERTURE
+    assert guest.load(after + PAGE) == 42
+
+
+def test_without_a_placed_aperture_there_is_no_region(boot: Boot, directory: Path) -> None:
+    guest = boot()
+    guest.device.ctx.address = lambda window: None  # type: ignore[method-assign]
+    assert guest.attach(b"moo") == 0 and guest.status is Status.UNKNOWN_FAILURE
+    assert not list(directory.glob("*.data"))
 
 
 def test_detach_and_reset_make_room_for_another_client(boot: Boot) -> None:
@@ -284,16 +304,23 @@ def test_a_directory_others_can_write_to_is_refused(boot: Boot, directory: Path)
         boot()
 
 
+#: Another VM, with two regions, that is killed.
+DOOMED = """
+import os, sys
+from qvm_shmem.device import Shmem
+from qvmcore.testing.fakes import plug
+from shmem_guest import Guest
+guest = Guest(plug(Shmem, {"directory": sys.argv[1]}))
+assert guest.attach(b"moo") and guest.attach(b"alone")
+os.kill(os.getpid(), 9)
+"""
+
+
 def test_a_killed_vm_leaves_nothing_that_matters(boot: Boot, directory: Path) -> None:
     one = boot()
     control = one.attach(b"moo")
-    child = os.fork()
-    if child == 0:
-        other = plug(Shmem, {"directory": str(directory)})
-        Guest(other).attach(b"moo")
-        Guest(other).attach(b"alone")
-        os.kill(os.getpid(), 9)
-    os.waitpid(child, 0)
+    child = subprocess.run([sys.executable, "-c", DOOMED, str(directory)], cwd=Path(__file__).parent)
+    assert child.returncode == -9
     assert (directory / "moo.1").exists() and (directory / "alone.data").exists()
     assert one.load(control + STATUS) >> 16 == 0b01, "its client number is free"
     one.store(control + NOTIFY, EVERYONE)

@@ -8,7 +8,6 @@ from qvm_virtio_console import spec
 from qvm_virtio_console.device import VirtioConsole
 from qvm_virtio_console.spec import Event
 
-from qvmcore.testing.driver import MmioDriver
 from qvmcore.testing.fakes import Plugged
 
 ROOM = 72
@@ -19,7 +18,7 @@ class MultiportDriver:
 
     def __init__(self, device: Plugged[VirtioConsole], buffers: int = 32) -> None:
         self.device = device
-        self.driver = MmioDriver.of(device)
+        self.driver = device.driver()
         self.driver.start()
         self.said: list[tuple[int, Event, int, bytes]] = []
         self._requests: list[Any] = []

@@ -131,6 +131,42 @@ def test_each_notification_rises_anew_and_none_is_lost(boot: Boot) -> None:
     assert guests[0].load(controls[0] + STATUS) & 0xFFFF == 0b110
 
 
+def test_a_notification_is_told_once(boot: Boot) -> None:
+    guests = [boot() for _ in range(3)]
+    controls = [guest.attach(b"moo") for guest in guests]
+    for count, sender in enumerate((1, 2, 1), 1):
+        guests[sender].store(controls[sender] + NOTIFY, 1)
+        assert guests[0].device.irq.wait(count)
+        assert guests[0].load(controls[0] + STATUS) & 0xFFFF == 1 << sender
+
+
+def test_a_new_client_hears_nothing_of_the_time_before(boot: Boot) -> None:
+    one, two, three = boot(), boot(), boot()
+    one.store(one.attach(b"moo") + NOTIFY, EVERYONE)
+    control = two.attach(b"moo")
+    three.store(three.attach(b"moo") + NOTIFY, 0b010)
+    assert two.device.irq.wait(1)
+    assert two.load(control + STATUS) & 0xFFFF == 0b100
+
+
+def test_a_notification_that_arrives_while_the_guest_detaches_is_nobodys(boot: Boot) -> None:
+    guest = boot()
+    control = guest.attach(b"moo")
+    attachment = guest.device.vdev._attached[0]
+    guest.store(control + DETACH, 1)
+    guest.device.vdev._notification(attachment)
+    assert guest.device.irq.count == 0
+
+
+def test_what_is_half_behind_the_region_is_not_there(boot: Boot) -> None:
+    guest = boot()
+    end = guest.attach(b"moo") + 2 * PAGE
+    guest.attach(b"next")
+    for size in (2, 4, 8):
+        guest.store(end - 1, 0, size)
+        assert guest.load(end - 1, size) == (1 << 8 * size) - 1
+
+
 def test_a_client_that_never_looks_holds_nobody_up(boot: Boot) -> None:
     one, two = boot(), boot()
     assert one.attach(b"moo") and two.attach(b"moo")
@@ -349,5 +385,6 @@ def test_wrong_options(boot: Boot, options: dict[str, Any], message: str) -> Non
 
 
 def test_subst_to_an_impossible_name_is_an_illegal_name(boot: Boot) -> None:
-    guest = boot(subst=[",a/"])
-    assert guest.attach(b"moo") == 0 and guest.status is Status.ILLEGAL_NAME
+    guest = boot(subst=["dir/,x", ",a/"])
+    for name in (b"moo", b"dir/moo"):
+        assert guest.attach(name) == 0 and guest.status is Status.ILLEGAL_NAME

@@ -210,6 +210,21 @@ def test_5_3_6_2_a_driver_that_failed_is_told_nothing(console: Console) -> None:
     assert not multi.device.vdev._ports[1].ready
 
 
+def test_5_3_6_2_a_port_the_driver_gave_up_is_not_told_what_was_waiting(console: Console) -> None:
+    multi = MultiportDriver(console(hostdev="null", ports=PORTS), buffers=3)
+    multi.say(Event.DEVICE_READY)
+    multi.say(Event.PORT_READY, 1)
+    multi.say(Event.PORT_READY, 1, 0)
+    multi.give(10)
+    assert multi.listen() == []
+
+
+def test_a_new_driver_is_not_told_what_the_old_one_did_not_hear(console: Console) -> None:
+    device = console(hostdev="null", ports=PORTS)
+    MultiportDriver(device, buffers=0).say(Event.DEVICE_READY)
+    assert MultiportDriver(device).listen() == []
+
+
 def test_5_3_6_2_room_too_small_for_a_message(console: Console) -> None:
     multi = MultiportDriver(console(hostdev="null", ports=PORTS), buffers=0)
     multi.give(5, room=7)

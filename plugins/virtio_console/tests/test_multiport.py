@@ -220,6 +220,8 @@ def test_5_3_4_and_5_3_6_2_the_size_of_the_first_port_is_told_both_ways(
     multi.greet()
     assert (0, Event.RESIZE, 0, struct.pack("<HH", 80, 24)) in multi.said
     assert (multi.driver.config(0, 2), multi.driver.config(2, 2)) == (80, 24)
+    multi.send(0, b"first output")
+    assert not multi.driver.interrupt_status() & 2, "RESIZE has said it; no configuration change is made up"
     fcntl.ioctl(terminal[1], termios.TIOCSWINSZ, struct.pack("HHHH", 50, 132, 0, 0))
     assert wait_for(multi.listen)
     assert multi.said[-1] == (0, Event.RESIZE, 0, struct.pack("<HH", 132, 50))

@@ -46,7 +46,7 @@ def decode(data: bytes) -> Hello:
     """The other end's hello. ValueError when it is none."""
     try:
         return msgspec.json.decode(data, type=Hello)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"it speaks another protocol ({error})") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -71,6 +72,11 @@ class NetOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(
                 f"peer {self.peer!r}: a name has up to 64 letters, digits and '_.+-'; a path has a '/'"
             )
+        try:
+            Path(self.peer).expanduser()
+        except RuntimeError as error:
+            user = self.peer.partition("/")[0]
+            raise ValueError(f"peer: there is no home directory for {user!r}") from error
         if self.peer.endswith("/"):
             raise ValueError(f"peer {self.peer!r} is a folder; name a socket in it, as {self.peer}link0")
 

@@ -9,11 +9,11 @@ from qvm_virtio_net.device import VirtioNet
 
 from qvmcore.testing.abuse import VirtioAbuse
 from qvmcore.testing.conformance import MmioConformance, TerminationConformance, VirtioConformance
-from qvmcore.testing.driver import MmioDriver
+from qvmcore.testing.driver import VirtioDriver
 from qvmcore.testing.fakes import Plugged, plug
 
 
-def check(device: Plugged[Any], driver: MmioDriver) -> None:
+def check(device: Plugged[Any], driver: VirtioDriver) -> None:
     """A frame is taken, and a command is answered if there is a control queue."""
     frame = driver.queues[1].submit([bytes(12), bytes(60)], [])
     promisc = driver.queues[2].submit([bytes([spec.CTRL_RX, spec.CTRL_RX_PROMISC]), b"\1"], [1])
@@ -27,7 +27,7 @@ class TestVirtioNet(VirtioConformance, MmioConformance, TerminationConformance):
     vdev_class = VirtioNet
     options = {"none": True}
 
-    def check_works(self, device: Plugged[Any], driver: MmioDriver) -> None:
+    def check_works(self, device: Plugged[Any], driver: VirtioDriver) -> None:
         check(device, driver)
 
 
@@ -37,7 +37,7 @@ class HostileGuest(VirtioAbuse):
     def device(self) -> Plugged[Any]:
         return plug(VirtioNet, none=True)
 
-    def check_works(self, device: Plugged[Any], driver: MmioDriver) -> None:
+    def check_works(self, device: Plugged[Any], driver: VirtioDriver) -> None:
         check(device, driver)
 
 

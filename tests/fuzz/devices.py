@@ -1,4 +1,4 @@
-"""Targets for whole virtio devices: a guest that does anything, in any order, over virtio-mmio."""
+"""Targets for whole virtio devices: a guest that does anything, in any order, over MMIO or PCI."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qvmcore.testing.driver import FeaturesRefused, MmioDriver, VirtioDriver
+from qvmcore.testing.driver import FeaturesRefused
 from qvmcore.testing.fakes import Plugged, plug
+from qvmcore.testing.ring import RingDriver
 from qvmcore.testing.samples import Echo
 from qvmcore.testing.strategies import REGISTERS
 from qvmcore.types import MemorySpec
 from qvmcore.vdev import Vdev
 from tests.fuzz.bytesource import ByteSource
 
-if TYPE_CHECKING:
-    from qvmcore.testing.ring import RingDriver
-
 #: Small, so that what a chain can claim by naming the same bytes often is bounded.
-RAM = (MemorySpec(0x8000_0000, 1 << 18),)
+RAM = (MemorySpec(0x8000_0000, 1 << 20),)
 
 
 @cache
@@ -78,6 +76,21 @@ def entropy(data: bytes) -> None:
     _device(data, VirtioEntropy, {}, lambda source: [])
 
 
+def net(data: bytes) -> None:
+    """virtio-net without a cable: transmit, receive and control queue."""
+    from qvm_virtio_net.device import VirtioNet
+
+    _device(data, VirtioNet, {"none": True}, _frame_or_command)
+
+
+def _frame_or_command(source: ByteSource) -> list[bytes]:
+    """A header and a frame, or a command with its data."""
+    if source.byte() & 1:
+        return [bytes([source.byte() % 7, source.byte() % 8]), source.take(source.byte() % 24)]
+    head = bytes([source.byte() & 3, source.pick((0, 1, 4, 9))]) + source.take(8).ljust(10, b"\0")
+    return [head, bytes(14) + source.take(source.byte() % 80)]
+
+
 def _device(
     data: bytes,
     cls: type[Vdev],
@@ -86,7 +99,8 @@ def _device(
 ) -> None:
     """One life of a device; ``request`` makes readable buffers that mean something to it."""
     source = ByteSource(data)
-    with plug(cls, options, ram=RAM, base_dir=_folder()[1]) as device:
+    transport = source.pick(("mmio", "pci"))
+    with plug(cls, options, ram=RAM, base_dir=_folder()[1], transport=transport) as device:
         guest = _Guest(device, source, request)
         if source.byte() & 3:
             guest.bring_up()
@@ -108,7 +122,7 @@ class _Guest:
         self._device = device
         self._source = source
         self._request = request
-        self._driver: VirtioDriver = MmioDriver.of(device)
+        self._driver = device.driver()
 
     def act(self) -> None:
         """One thing, right or wrong."""
@@ -121,8 +135,7 @@ class _Guest:
         elif action == 1:
             assert 0 <= self._device.read(source.uint(2) % 0x1FD, source.pick((1, 2, 4, 8))) < 1 << 64
         elif action <= 3 or ring is None:
-            size = source.pick((4, 4, 4, 1, 2))
-            self._device.write(source.pick(REGISTERS), source.value(size), size)
+            self._register()
         elif action == 4:
             size = source.pick((1, 2, 4))
             self._driver.write_config(source.byte() % 64, size, source.value(size))
@@ -141,7 +154,7 @@ class _Guest:
     def bring_up(self) -> None:
         """As a driver does, with any subset of what is offered. A device that refuses is reset."""
         bits = (1 << 32) | (-1 if self._source.byte() & 3 else self._source.uint(6))
-        self._driver = MmioDriver.of(self._device)
+        self._new_driver()
         try:
             self._driver.start(bits & ((1 << 128) - 1), [16] * 64)
         except FeaturesRefused:
@@ -149,11 +162,32 @@ class _Guest:
 
     def recover(self) -> None:
         """After all this a good driver finds a good device."""
-        self._driver = MmioDriver.of(self._device)
+        self._new_driver()
         self._driver.start()
         self._device.settle()
         assert not self._driver.needs_reset
         assert self._device.ctx.faults == [], self._device.ctx.faults
+
+    def _new_driver(self) -> None:
+        """As after a reboot: on PCI the firmware places the BARs again."""
+        if self._device.device is not None:
+            self._device.device.enumerate(anew=True)
+        self._driver = self._device.driver()
+
+    def _register(self) -> None:
+        """Any store to registers; on PCI to the structures, or to configuration space."""
+        source = self._source
+        size = source.pick((4, 4, 4, 1, 2))
+        if self._device.device is None:
+            self._device.write(source.pick(REGISTERS), source.value(size), size)
+        elif source.byte() & 1:
+            # Registers first: of the common configuration, then of everything.
+            offset = source.byte() % 64 if source.byte() & 3 else source.uint(2)
+            self._device.write(offset, source.value(size), size)
+        else:
+            offset = source.byte()
+            self._device.device.write(offset, source.value(size), size)
+            assert 0 <= self._device.device.read(offset, size) < 1 << 8 * size
 
     def _good(self, ring: RingDriver) -> None:
         """A well-formed chain of what the device expects, or of anything."""

@@ -11,7 +11,7 @@ from qvmcore.types import MemorySpec
 from qvmcore.virtio import spec
 from qvmcore.virtio.chain import Chain
 from qvmcore.virtio.queue import Virtqueue
-from qvmcore.virtio.split import SplitQueue, SplitRings
+from qvmcore.virtio.queue_setup import QueueSetup
 from tests.fuzz.bytesource import ByteSource
 
 START, SIZE = 0x8000_0000, 8
@@ -19,7 +19,12 @@ RAM = MemorySpec(START, 0x1_0000)
 ROM = MemorySpec(0x1000, 0x1000, rom=True)
 #: Ring areas; buffers may lie anywhere, on them too.
 DESC, DRIVER, DEVICE = START, START + 0x400, START + 0x800
-RING_FEATURES = (0, 1 << spec.VIRTIO_F_EVENT_IDX, 1 << spec.VIRTIO_F_INDIRECT_DESC, 3 << 28)
+INDIRECT = START + 0x2000
+_IN_ORDER = 1 << spec.VIRTIO_F_IN_ORDER
+RING_FEATURES = (
+    0, 1 << spec.VIRTIO_F_EVENT_IDX, 1 << spec.VIRTIO_F_INDIRECT_DESC, 3 << 28,
+    _IN_ORDER, _IN_ORDER | 3 << 28,
+)  # fmt: skip
 _ROM_CONTENT = b"\xc3" * ROM.size
 
 
@@ -36,23 +41,31 @@ def _fresh() -> GuestMemory:
     return memory
 
 
+def _queue(memory: GuestMemory, size: int, features: int, errors: list[BaseException]) -> Virtqueue:
+    """The queue a device gets for these features."""
+    setup = QueueSetup(SIZE)
+    setup.size, setup.desc, setup.driver, setup.device = size, DESC, DRIVER, DEVICE
+    setup.enable(memory, features)
+    return setup.make(0, memory, features, lambda: None, errors.append, lambda: None)
+
+
 def split(data: bytes) -> None:
     """Any contents of a split ring, changed at any time: a chain inside memory, or one refusal."""
     source = ByteSource(data)
     memory = _fresh()
-    features = source.pick(RING_FEATURES)
     errors: list[BaseException] = []
-    rings = SplitRings(memory, SIZE, DESC, DRIVER, DEVICE)
-    queue = SplitQueue(0, rings, memory, features, lambda: None, errors.append, lambda: None)
+    queue = _queue(memory, SIZE, source.pick(RING_FEATURES), errors)
     published = 0
     held: list[Chain] = []
     while source:
         action = source.byte() % 8
         if action < 3:
-            _write_descriptor(source, memory)
+            base = INDIRECT if source.byte() & 1 else DESC
+            row = _descriptor(source) + struct.pack("<HH", source.byte(), source.byte() % (2 * SIZE))
+            memory.write(base + 16 * (source.byte() % SIZE), row)
         elif action == 3:
             entry = source.byte() % SIZE if source.byte() & 3 else source.value(2)
-            memory.write(DRIVER + 4 + 2 * (published % SIZE), entry.to_bytes(2, "little", signed=False))
+            memory.write(DRIVER + 4 + 2 * (published % SIZE), entry.to_bytes(2, "little"))
             published = published + 1 & 0xFFFF
             memory.write(DRIVER + 2, published.to_bytes(2, "little"))
         elif action == 4:
@@ -66,14 +79,41 @@ def split(data: bytes) -> None:
     assert memory.view(ROM.start, ROM.size) == _ROM_CONTENT, "read-only memory was written"
 
 
-def _write_descriptor(source: ByteSource, memory: GuestMemory) -> None:
-    """In the table, or in an indirect one in the middle of the memory."""
-    base = START + 0x2000 if source.byte() & 1 else DESC
+def packed(data: bytes) -> None:
+    """The same for a packed ring, of any size: descriptors appear anywhere, with any flags."""
+    source = ByteSource(data)
+    memory = _fresh()
+    size = source.pick((SIZE, SIZE, 5, 1))
+    errors: list[BaseException] = []
+    queue = _queue(memory, size, source.pick(RING_FEATURES) | 1 << spec.VIRTIO_F_RING_PACKED, errors)
+    filled = 0
+    held: list[Chain] = []
+    while source:
+        action = source.byte() % 8
+        if action < 4:
+            # What a driver in step would mark as available; rarely, anything.
+            marks = (0x80, 0x8000)[filled // size & 1] if source.byte() & 15 else source.uint(2)
+            flags = source.byte() & 7 | marks
+            row = _descriptor(source) + struct.pack("<HH", source.byte() % SIZE, flags)
+            memory.write(DESC + 16 * (filled % size), row)
+            filled += 1
+        elif action == 4:
+            row = _descriptor(source) + struct.pack("<HH", source.byte(), source.value(2))
+            memory.write((INDIRECT if source.byte() & 1 else DESC) + 16 * (source.byte() % SIZE), row)
+        elif action == 5:
+            memory.write(DRIVER, source.take(4))
+        else:
+            _serve(queue, held, source, errors)
+    _serve(queue, held, source, errors)
+    assert memory.view(ROM.start, ROM.size) == _ROM_CONTENT, "read-only memory was written"
+
+
+def _descriptor(source: ByteSource) -> bytes:
+    """Address and length: in memory, an indirect table, read-only memory, or anywhere."""
     where = source.byte()
-    address = (START + source.uint(2), START + 0x2000, ROM.start + 8, source.value(8))[where & 3]
+    address = (START + source.uint(2), INDIRECT, ROM.start + 8, source.value(8))[where & 3]
     length = (source.byte(), 16 * (1 + source.byte() % 10), 0xFFFF, source.value(4))[where >> 2 & 3]
-    row = struct.pack("<QIHH", address, length, source.byte(), source.byte() % (2 * SIZE))
-    memory.write(base + 16 * (source.byte() % SIZE), row)
+    return struct.pack("<QI", address, length)
 
 
 def _serve(queue: Virtqueue, held: list[Chain], source: ByteSource, errors: list[BaseException]) -> None:
@@ -93,15 +133,17 @@ def _serve(queue: Virtqueue, held: list[Chain], source: ByteSource, errors: list
     except BadDescriptorChain:
         assert not dead, "a dead queue gave another error"
         assert queue.dead and len(errors) == 1
-    assert taken <= SIZE, "more chains than entries before the device notified"
+    assert taken <= queue.size, "more chains than entries before the device notified"
     queue.notify()
     counters = queue.counters()
-    assert counters["popped"] - counters["pushed"] == len(held) <= SIZE or queue.dead
+    # In order, what is pushed early waits for what is held.
+    in_flight = counters["popped"] - counters["pushed"]
+    assert queue.dead or (len(held) <= in_flight <= SIZE and (held or not in_flight))
     assert counters["interrupts"] <= counters["pushed"]
 
 
 def _check(chain: Chain) -> None:
-    assert 0 <= chain.head < SIZE
+    assert 0 <= chain.head <= 0xFFFF
     assert chain.readable == sum(map(len, chain.readers))
     assert chain.writable == sum(map(len, chain.writers))
     assert len(chain.readers) + len(chain.writers) <= SIZE + 1

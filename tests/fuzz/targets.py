@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.fuzz import devices, kernel, registers, rings, text
+from tests.fuzz import devices, kernel, net, registers, rings, text
 
 Target = Callable[[bytes], None]
 
@@ -20,6 +20,7 @@ TARGETS: dict[str, Target] = {
     "hostdevs": text.hostdevs,
     "kernel": kernel.kernel,
     "split-ring": rings.split,
+    "packed-ring": rings.packed,
     "blk-request": rings.blk_request,
     "gicv2": registers.gicv2,
     "pl011": registers.pl011,
@@ -29,6 +30,11 @@ TARGETS: dict[str, Target] = {
     "virtio-blk": devices.blk,
     "virtio-console": devices.console,
     "virtio-entropy": devices.entropy,
+    "virtio-net": devices.net,
+    "net-hello": net.hello,
+    "net-frame": net.frame,
+    "net-control": net.control,
+    "net-peer": net.peer,
 }
 
 

@@ -12,7 +12,7 @@ import tomli
 from msgspec import Struct
 
 from qvmcore.compose import compose
-from qvmcore.errors import ConfigError
+from qvmcore.errors import ConfigError, HostError
 from qvmcore.options import (
     Address,
     CommandLineText,
@@ -184,15 +184,22 @@ def units(data: bytes) -> None:
 
 
 def hostdevs(data: bytes) -> None:
-    """What stands behind a console or a disk: parsed, or a ValueError with what is legal."""
+    """What stands behind a console, a disk or a card: parsed, or an error with what is legal."""
     from qvm_chardev import parse_spec
     from qvm_virtio_blk.options import parse_hostdev
+    from qvm_virtio_net.link import link_path
+    from qvm_virtio_net.options import NetOptions
 
     text = data.decode("utf-8", "replace")
     spec = _parsed(parse_spec, text)
     assert spec is None or spec.reads or spec.writes
     disk = _parsed(parse_hostdev, text)
     assert disk is None or disk.memory % 512 == 0
+    if "/" in text and _parsed(lambda peer: NetOptions(peer=peer), text) is not None:
+        try:
+            assert link_path(text, Path("/base")).is_absolute()
+        except HostError as error:
+            assert str(error)
 
 
 def _parsed(parse: Callable[[str], Any], text: str) -> Any:

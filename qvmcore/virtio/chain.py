@@ -37,9 +37,10 @@ class Chain:
         readable: int,
         writers: Sequence[memoryview],
         writable: int,
+        count: int = 1,
     ) -> None:
         self._queue = queue
-        self._count = 1  # descriptors of a packed ring
+        self._count = count  # descriptors of a packed ring
         self.head = head
         self.readers = readers
         self.readable = readable

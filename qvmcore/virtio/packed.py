@@ -1,13 +1,13 @@
 """The packed virtqueue, device side (virtio 1.4, 2.8).
 
-The descriptor ring is read and written as 64-bit cells, two to a descriptor: the address, and one
-that holds length, buffer ID and flags. So what says that a descriptor is available comes with its
-length and ID in one load, before the address, and a used descriptor is one store. The event
-suppression structures are one 32-bit cell each.
+What says that a descriptor is available is loaded before the rest of it, and written last when it
+is used; buffer ID and flags of a used descriptor are one store. The event suppression structures
+are one 32-bit cell each.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 
 from qvmcore.errors import BadDescriptorChain, GuestMemoryError
@@ -19,9 +19,13 @@ from qvmcore.virtio.ring import RingQueue
 _NEXT, _WRITE, _INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
 _AVAIL, _USED = spec.VIRTQ_DESC_F_AVAIL, spec.VIRTQ_DESC_F_USED
 _BOTH = _AVAIL | _USED
-_WRITTEN = _WRITE << 48
-#: Exclusive or with this turns the flags of used descriptors into those of the next round.
-_TURN = _BOTH << 48
+#: What tells a direct descriptor that is available from everything else.
+_KIND = _BOTH | _INDIRECT
+#: A used descriptor's flags beside its ID, in the round with the wrap counter at 1, and the changes
+#: to it when something was written and in the other round.
+_DONE, _WRITTEN, _TURN = _BOTH << 16, _WRITE << 16, _BOTH << 16
+_FORMAT = struct.Struct("<QIHH")
+_DESCRIPTOR, _ROWS = _FORMAT.unpack_from, _FORMAT.iter_unpack
 
 
 class PackedRings:
@@ -31,7 +35,7 @@ class PackedRings:
     any number of descriptors, not only a power of two.
     """
 
-    __slots__ = ("cells", "device_event", "driver_event", "size")
+    __slots__ = ("device_event", "driver_event", "flags", "size", "table", "used")
 
     def __init__(self, memory: GuestMemory, size: int, desc: int, driver: int, device: int) -> None:
         for name, address, align in (
@@ -42,7 +46,10 @@ class PackedRings:
             if address % align:
                 raise BadDescriptorChain(f"{name} at {address:#x} is not a multiple of {align}")
         self.size = size
-        self.cells = memory.view(desc, spec.VIRTQ_DESC_SIZE * size).cast("Q")
+        self.table = memory.view(desc, spec.VIRTQ_DESC_SIZE * size)
+        # Of each descriptor, the flags; and its length and what is behind that, in turn.
+        self.flags = self.table.cast("H")[7::8]
+        self.used = self.table.cast("I")
         self.driver_event = memory.view(driver, spec.PVIRTQ_EVENT_SIZE).cast("I")
         self.device_event = memory.view(device, spec.PVIRTQ_EVENT_SIZE).cast("I")
 
@@ -56,8 +63,8 @@ class PackedQueue(RingQueue):
     """
 
     __slots__ = (
-        "_cells", "_device_event", "_driver_event", "_idle", "_in_flight", "_mark", "_reported", "_slot",
-        "_used", "_used_flags", "_used_slot",
+        "_device_event", "_driver_event", "_flags", "_idle", "_mark", "_reported", "_slot",
+        "_table", "_taken", "_used", "_used_cells", "_used_flags", "_used_slot",
     )  # fmt: skip
 
     def __init__(
@@ -71,13 +78,15 @@ class PackedQueue(RingQueue):
         again: Callable[[], None],
     ) -> None:
         super().__init__(index, rings.size, memory, features, interrupt, on_error, again)
-        self._cells = rings.cells
+        self._table = rings.table
+        self._flags = rings.flags
+        self._used_cells = rings.used
         self._driver_event = rings.driver_event
         self._device_event = rings.device_event
         self._slot = self._used_slot = 0
         self._mark = _AVAIL
-        self._used_flags = _TURN
-        self._in_flight = 0  # descriptors popped and not pushed
+        self._used_flags = _DONE
+        self._taken = 0  # descriptors popped
         self._used = 0  # descriptors pushed
         self._reported = 0  # value of _used at the last notify()
         self._idle = True  # the driver was told to notify us
@@ -86,13 +95,12 @@ class PackedQueue(RingQueue):
         """See :meth:`Virtqueue.pop`. The fast path of every device: keep it flat."""
         if self._dead:
             return None
-        first = slot = self._slot
+        place = slot = self._slot
         mark = self._mark
-        cells = self._cells
-        word = cells[slot + slot + 1]
-        if word >> 48 & _BOTH != mark:
-            word = self._look()
-            if not word:
+        flags = self._flags[slot]
+        if flags & _BOTH != mark:
+            flags = self._look()
+            if not flags:
                 return None
         if self._last == self._budget:
             # A driver may offer as fast as the device serves: a queue's worth, then others get a turn.
@@ -100,94 +108,117 @@ class PackedQueue(RingQueue):
             return None
         if self._idle:
             self._hush()
+        table = self._table
         size = self.size
-        room = size - self._in_flight
+        end_of_free = self._used_slot
+        # Where the walk must think: at the end of the ring, or of the descriptors not in flight.
+        stop = end_of_free if end_of_free > slot else size
         view = self._view
         start, span, ram = self._region
         roms = self._roms
         readers: list[memoryview] = []
         writers: list[memoryview] = []
-        readable = writable = entries = 0
-        count = 1
+        readable = writable = 0
         try:
-            if not room:
+            if slot == end_of_free and self._taken != self._used:
                 raise BadDescriptorChain(f"offered while all {size} descriptors are in flight")
-            flags = word >> 48
-            place = slot
+            address, length, ident, _ = _DESCRIPTOR(table, slot << 4)
             if flags & _INDIRECT:
-                # The reference's own WRITE flag means nothing (2.8.7). Its ID names the buffer.
-                self._check_table(word & 0xFFFFFFFF, flags)
-                entries = (word & 0xFFFFFFFF) >> 4
-                if entries > size:
-                    raise BadDescriptorChain(f"indirect table of {entries} entries, queue size {size}")
-                cells = view(cells[slot + slot], entries << 4).cast("Q")
-                reference, word, place = word, cells[1], 0
-                flags = word >> 48
-            while True:
-                length = word & 0xFFFFFFFF
-                # A buffer of no bytes is legal and useless: it is skipped.
-                if flags & _WRITE:
-                    if length:
-                        writable += length
-                        address = cells[place + place]
-                        offset = address - start
-                        if 0 <= offset <= span - length:
-                            writers.append(ram[offset : offset + length])
-                        else:
-                            writers.append(view(address, length))
-                        if roms:
-                            self._refuse_rom(address, length)
-                elif writers:
-                    raise BadDescriptorChain("device-readable descriptor behind a device-writable one")
-                elif length:
-                    readable += length
-                    address = cells[place + place]
-                    offset = address - start
-                    if 0 <= offset <= span - length:
-                        readers.append(ram[offset : offset + length])
-                    else:
-                        readers.append(view(address, length))
+                readable, writable = self._walk_table(address, length, flags, readers, writers)
                 place += 1
-                if entries:
-                    # Every entry of a table counts, whatever its other flags say (2.8.7).
-                    if place == entries:
-                        word = reference
-                        place = slot + 1
+            else:
+                while True:
+                    # A buffer of no bytes is legal and useless: it is skipped.
+                    if flags & _WRITE:
+                        if length:
+                            writable += length
+                            offset = address - start
+                            end = offset + length
+                            if offset >= 0 and end <= span:
+                                writers.append(ram[offset:end])
+                            else:
+                                writers.append(view(address, length))
+                            if roms:
+                                self._refuse_rom(address, length)
+                    elif writers:
+                        raise BadDescriptorChain("device-readable descriptor behind a device-writable one")
+                    elif length:
+                        readable += length
+                        offset = address - start
+                        end = offset + length
+                        if offset >= 0 and end <= span:
+                            readers.append(ram[offset:end])
+                        else:
+                            readers.append(view(address, length))
+                    place += 1
+                    if not flags & _NEXT:
                         break
-                    word = cells[place + place + 1]
-                    flags = word >> 48
-                    continue
-                if not flags & _NEXT:
-                    break
-                if count == room:
-                    raise BadDescriptorChain(f"chain longer than the {room} descriptors that are free")
-                count += 1
-                if place == size:
-                    place = 0
-                    mark ^= _BOTH
-                word = cells[place + place + 1]
-                flags = word >> 48
-                if flags & _BOTH != mark:
-                    raise BadDescriptorChain(f"descriptor {place} of the chain is not available")
-                if flags & _INDIRECT:
-                    raise BadDescriptorChain("indirect descriptor inside a chain")
+                    if place == stop:
+                        if place == size:
+                            place = 0
+                            mark = self._mark = mark ^ _BOTH
+                            stop = end_of_free
+                        if place == end_of_free:
+                            free = size - self._taken + self._used
+                            raise BadDescriptorChain(f"chain longer than the {free} free descriptors")
+                    # The driver shows the first descriptor last, so this one is complete (2.8.6).
+                    address, length, ident, flags = _DESCRIPTOR(table, place << 4)
+                    if flags & _KIND != mark:
+                        wrong = "indirect" if flags & _BOTH == mark else "not available"
+                        raise BadDescriptorChain(f"descriptor {place}, inside a chain, is {wrong}")
             if readable + writable > spec.CHAIN_BYTES_MAX:
                 raise BadDescriptorChain(f"chain of {readable + writable} bytes exceeds 2^32")
         except (BadDescriptorChain, GuestMemoryError) as error:
-            self._fail(f"descriptor {first}: {error}")
+            self._fail(f"descriptor {slot}: {error}")
         if place == size:
             place = 0
-            mark ^= _BOTH
+            self._mark = mark ^ _BOTH
         self._slot = place
-        self._mark = mark
         self._last += 1
-        self._in_flight += count
-        chain = self._newest = Chain(self, word >> 32 & 0xFFFF, readers, readable, writers, writable)
-        chain._count = count
+        count = place - slot
+        if count <= 0:
+            count += size
+        self._taken += count
+        chain = self._newest = Chain(self, ident, readers, readable, writers, writable, count)
         return chain
 
+    def _walk_table(
+        self, address: int, length: int, flags: int, readers: list[memoryview], writers: list[memoryview]
+    ) -> tuple[int, int]:
+        """The buffers of an indirect table (2.8.7); how many bytes are readable, and writable.
+
+        Every entry counts, whatever its flags but WRITE say; WRITE of the reference means nothing.
+        """
+        self._check_table(length, flags)
+        entries = length >> 4
+        if entries > self.size:
+            raise BadDescriptorChain(f"indirect table of {entries} entries, queue size {self.size}")
+        view = self._view
+        start, span, ram = self._region
+        roms = self._roms
+        readable = writable = 0
+        for at, size, _, kind in _ROWS(view(address, length)):
+            if not size:
+                if writers and not kind & _WRITE:
+                    raise BadDescriptorChain("device-readable descriptor behind a device-writable one")
+                continue
+            offset = at - start
+            end = offset + size
+            buffer = ram[offset:end] if offset >= 0 and end <= span else view(at, size)
+            if kind & _WRITE:
+                writable += size
+                writers.append(buffer)
+                if roms:
+                    self._refuse_rom(at, size)
+            elif writers:
+                raise BadDescriptorChain("device-readable descriptor behind a device-writable one")
+            else:
+                readable += size
+                readers.append(buffer)
+        return readable, writable
+
     def push(self, chain: Chain, written: int | None = None) -> None:
-        """See :meth:`Virtqueue.push`. Length, ID and flags are one store, so none is seen alone."""
+        """See :meth:`Virtqueue.push`. ID and flags are one store, behind that of the length."""
         if self._dead:
             return
         if written is None:
@@ -199,11 +230,16 @@ class PackedQueue(RingQueue):
             return
         chain._queue = None
         slot = self._used_slot
-        word = chain.head << 32 | self._used_flags
+        cell = slot << 2
+        flags = self._used_flags
         if written:
-            # The length field has 32 bits; a buffer of exactly 2^32 bytes is under-reported.
-            word |= _WRITTEN | min(written, 0xFFFFFFFF)
-        self._cells[slot + slot + 1] = word
+            flags |= _WRITTEN
+            if written > 0xFFFFFFFF:
+                # The length field has 32 bits; a buffer of exactly 2^32 bytes is under-reported.
+                written = 0xFFFFFFFF
+        cells = self._used_cells
+        cells[cell + 2] = written
+        cells[cell + 3] = chain.head | flags
         # One used descriptor for the whole chain; the place of the next is behind it (2.8.6).
         count = chain._count
         slot += count
@@ -212,7 +248,6 @@ class PackedQueue(RingQueue):
             self._used_flags ^= _TURN
         self._used_slot = slot
         self._used += count
-        self._in_flight -= count
         self._pushed += 1
 
     @property
@@ -221,8 +256,8 @@ class PackedQueue(RingQueue):
         if self._dead:
             return 0
         slot, mark, chains, more = self._slot, self._mark, 0, 0
-        for _ in range(self.size - self._in_flight):
-            flags = self._cells[slot + slot + 1] >> 48
+        for _ in range(self.size - self._taken + self._used):
+            flags = self._flags[slot]
             if flags & _BOTH != mark:
                 break
             more = flags & _NEXT
@@ -242,7 +277,7 @@ class PackedQueue(RingQueue):
         return self._slot | (0x8000 if self._mark == _AVAIL else 0)
 
     def _look(self) -> int:
-        """Ask to be notified, then look once more: the word of an available descriptor, or 0.
+        """Ask to be notified, then look once more: the flags of an available descriptor, or 0.
 
         A chain offered just before the driver could see that we ask would lie there unnoticed.
         """
@@ -251,9 +286,8 @@ class PackedQueue(RingQueue):
         self._idle = True
         with self._fence:
             pass
-        slot = self._slot
-        word: int = self._cells[slot + slot + 1]
-        return word if word >> 48 & _BOTH == self._mark else 0
+        flags: int = self._flags[self._slot]
+        return flags if flags & _BOTH == self._mark else 0
 
     def _hush(self) -> None:
         """No notifications while we serve. With EVENT_IDX the one asked for is past already."""
@@ -275,7 +309,7 @@ class PackedQueue(RingQueue):
         return (used - 1 - wanted) % (2 * self.size) < used - old
 
     def _rewind(self, chain: Chain) -> None:
-        self._in_flight -= chain._count
+        self._taken -= chain._count
         self._slot -= chain._count
         if self._slot < 0:
             self._slot += self.size

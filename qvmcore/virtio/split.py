@@ -108,8 +108,9 @@ class SplitQueue(RingQueue):
                     if length:
                         writable += length
                         offset = address - start
-                        if 0 <= offset <= span - length:
-                            writers.append(ram[offset : offset + length])
+                        end = offset + length
+                        if offset >= 0 and end <= span:
+                            writers.append(ram[offset:end])
                         else:
                             writers.append(view(address, length))
                         if roms:
@@ -119,8 +120,9 @@ class SplitQueue(RingQueue):
                 elif length:
                     readable += length
                     offset = address - start
-                    if 0 <= offset <= span - length:
-                        readers.append(ram[offset : offset + length])
+                    end = offset + length
+                    if offset >= 0 and end <= span:
+                        readers.append(ram[offset:end])
                     else:
                         readers.append(view(address, length))
                 if not flags & _NEXT:
@@ -150,7 +152,9 @@ class SplitQueue(RingQueue):
         chain._queue = None
         pushed = self._pushed
         # The length field has 32 bits; a buffer of exactly 2^32 bytes is under-reported (2.7.8.2 note).
-        self._elements[pushed & self._mask] = chain.head | min(written, 0xFFFFFFFF) << 32
+        if written > 0xFFFFFFFF:
+            written = 0xFFFFFFFF
+        self._elements[pushed & self._mask] = chain.head | written << 32
         self._pushed = pushed = pushed + 1
         self._used[1] = pushed & 0xFFFF
 

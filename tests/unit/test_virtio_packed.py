@@ -138,13 +138,13 @@ def test_2_8_15_in_the_second_round_the_bits_are_inverted(flags: int) -> None:
 def test_2_8_15_the_rest_of_a_chain_must_be_available_too() -> None:
     bench = Bench()
     bench.chain((RAM, 16, NEXT))
-    bench.refused("descriptor 1 of the chain is not available")
+    bench.refused("descriptor 1, inside a chain, is not available")
 
 
 def test_2_8_15_used_descriptors_in_a_chain_are_refused() -> None:
     bench = Bench()
     bench.chain((RAM, 16, NEXT), (RAM, 16, USED))
-    bench.refused("descriptor 1 of the chain is not available")
+    bench.refused("descriptor 1, inside a chain, is not available")
 
 
 # ---- chains, 2.8.5 and 2.8.6 ------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_2_8_17_a_ring_of_next_flags_ends() -> None:
     """CVE-2026-16457 is of this kind: a list without an end must not keep the device."""
     bench = Bench()
     bench.chain(*[(RAM, 16, NEXT)] * SIZE)
-    bench.refused(f"chain longer than the {SIZE} descriptors that are free")
+    bench.refused(f"chain longer than the {SIZE} free descriptors")
 
 
 @pytest.mark.parametrize("done", [0, 3])
@@ -195,7 +195,7 @@ def test_2_8_17_a_chain_over_descriptors_in_flight_is_refused() -> None:
     for number in range(SIZE):
         position = 3 + number
         bench.driver.write_slot(position % SIZE, RAM, 16, 0, NEXT | (AVAIL if position < SIZE else USED))
-    bench.refused(f"chain longer than the {SIZE - 3} descriptors that are free")
+    bench.refused(f"chain longer than the {SIZE - 3} free descriptors")
 
 
 def test_2_8_17_offering_what_is_in_flight_is_refused() -> None:
@@ -367,7 +367,7 @@ def test_2_8_19_indirect_with_next_is_refused() -> None:
 def test_2_8_5_indirect_behind_a_direct_one_is_refused() -> None:
     bench = Bench(INDIRECT)
     bench.chain((RAM, 3, NEXT), (*bench.driver.raw_table([(RAM, 5, 0, 0)]), IND))
-    bench.refused("indirect descriptor inside a chain")
+    bench.refused("descriptor 1, inside a chain, is indirect")
 
 
 @pytest.mark.parametrize("length", [0, 1, 15, 17, 31, 0xFFFFFFFF])
@@ -662,28 +662,3 @@ def test_2_9_reached_is_offset_and_wrap_counter() -> None:
         assert not bench.queue.reached(bench.driver.position)
         bench.serve()
         bench.driver.reap()
-
-
-class Counted:
-    """Cells of a ring that count how often each is loaded."""
-
-    def __init__(self, cells: memoryview) -> None:
-        self.cells = cells
-        self.loads: list[int] = []
-
-    def __getitem__(self, index: int) -> int:
-        self.loads.append(index)
-        value: int = self.cells[index]
-        return value
-
-
-@pytest.mark.parametrize("pieces", [1, 3])
-def test_everything_in_the_ring_is_loaded_once(pieces: int) -> None:
-    """What is checked is what is used: the guest may change the ring at any moment."""
-    bench = Bench()
-    bench.driver.submit([b"x"] * pieces)
-    counted = Counted(bench.queue._cells)
-    bench.queue._cells = counted  # type: ignore[assignment]
-    bench.popped()
-    assert sorted(counted.loads) == list(range(2 * pieces))
-    assert counted.loads[0] == 1, "the flags of the first descriptor before anything else"

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 PORTS = """
 ports = [
   {name = "log", hostdev = ">log.txt"},
@@ -30,9 +32,12 @@ port() { for d in /sys/class/virtio-ports/*; do
 """
 
 
-def _with_ports(files: Path) -> None:
+def _with_ports(files: Path, pci: bool = False) -> None:
     machine = files / "vm.toml"
-    machine.write_text(machine.read_text().rstrip() + PORTS)
+    text = machine.read_text().rstrip() + PORTS
+    if pci:
+        text = "".join(line for line in text.splitlines(True) if not line.startswith(("loc", "intr")))
+    machine.write_text(text)
 
 
 def _client(path: Path) -> socket.socket:
@@ -42,8 +47,11 @@ def _client(path: Path) -> socket.socket:
     return client
 
 
-def test_ports_by_name_in_both_directions_beside_the_console(start: Callable[..., Any], files: Path) -> None:
-    _with_ports(files)
+@pytest.mark.parametrize("pci", [False, True], ids=["mmio", "pci"])
+def test_ports_by_name_in_both_directions_beside_the_console(
+    start: Callable[..., Any], files: Path, pci: bool
+) -> None:
+    _with_ports(files, pci)
     data = os.urandom(300_000)
     vm = start(
         FIND

@@ -21,7 +21,7 @@ from qvmcore.testing.fakes import plug
 
 Boot = Callable[..., Guest]
 STATUS, IDX, NOTIFY, DETACH = 0x0, 0x4, 0x8, 0xC
-BAR1 = 0x14
+BAR1, MSIX = 0x14, 0x11
 
 
 @pytest.fixture
@@ -129,6 +129,23 @@ def test_each_notification_rises_anew_and_none_is_lost(boot: Boot) -> None:
         guests[sender].store(controls[sender] + NOTIFY, 1)
         assert guests[0].device.irq.wait(sender), "a message-signalled interrupt needs its own edge"
     assert guests[0].load(controls[0] + STATUS) & 0xFFFF == 0b110
+
+
+def test_each_notification_is_a_message_with_msix(boot: Boot) -> None:
+    one, two = boot(), boot()
+    one.attach(b"moo")
+    control = two.attach(b"moo")
+    function, bus = one.device.device, one.device.pci
+    assert function is not None and bus is not None
+    msix = next(at for at, kind in function.capabilities() if kind == MSIX)
+    table = function.bars[function.read(msix + 4) & 7][0]
+    for offset, value in ((0, 0x0802_0040), (4, 0), (8, 80), (12, 0)):
+        one.store(table + offset, value)
+    function.write(msix + 2, 1 << 15, 2)
+    for count in (1, 2):
+        two.store(control + NOTIFY, 1)
+        assert one.device.irq.wait(count), "though the guest has not read the status since"
+    assert bus.messages == [(0x0802_0040, 80)] * 2
 
 
 def test_a_notification_is_told_once(boot: Boot) -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from qvm_virtio_blk.device import VirtioBlk
 from qvm_virtio_console.device import VirtioConsole
 from qvm_virtio_entropy import VirtioEntropy
+from qvm_virtio_net.device import VirtioNet
 
 from qvmcore.memory import GuestMemory
 from qvmcore.testing.driver import MmioDriver
@@ -34,6 +36,10 @@ class Kind(NamedTuple):
     requires: dict[int, int]
 
 
+#: 5.1.3 and 5.1.3.1: what a card offers whatever it is plugged into.
+NET = {3, 5, 15, 16, 17, 18, 19, 20, 21, 23}
+NET_REQUIRES = {18: 17, 19: 17, 21: 17, 23: 17}
+
 KINDS = {
     "blk": Kind(VirtioBlk, {"hostdev": "memory:1M"}, {2, 6, 9, 10, 11, 13, 14}, {11: 9}),
     "blk_queues": Kind(
@@ -45,6 +51,13 @@ KINDS = {
         VirtioConsole, {"hostdev": "null", "ports": [{"name": "a", "hostdev": "null"}]}, {0, 1, 2}, {}
     ),
     "entropy": Kind(VirtioEntropy, {}, set(), {}),
+    "net": Kind(VirtioNet, {"none": True}, NET, NET_REQUIRES),
+    "net_peer": Kind(
+        VirtioNet,
+        {"peer": "./lan"},
+        NET | {0, 1, 2, 7, 8, 11, 12},
+        NET_REQUIRES | {7: 1, 8: 1, 11: 0, 12: 0},
+    ),
 }
 
 #: Bits of the ring and the transport that qvm implements (6): 24 to 40 belong to nobody else.
@@ -65,8 +78,8 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 
 @pytest.fixture(params=["mmio", "pci"])
-def device(request: pytest.FixtureRequest, kind: Kind) -> Iterator[Plugged[Any]]:
-    with plug(kind.vdev, kind.options, transport=request.param) as device:
+def device(request: pytest.FixtureRequest, kind: Kind, tmp_path: Path) -> Iterator[Plugged[Any]]:
+    with plug(kind.vdev, kind.options, base_dir=tmp_path, transport=request.param) as device:
         yield device
         device.settle()
         assert device.ctx.faults == []
@@ -118,7 +131,7 @@ def test_2_7_5_1_readable_buffers_and_descriptors_stay_as_they_were(
         ring.indirect = indirect
         # A write of one sector to a disk, output to a console, and room for whatever answers.
         requests = [
-            ring.add([struct.pack("<IIQ", 1, 0, 0), b"\xa5" * 512], [1]),
+            ring.add([struct.pack("<IIQ", 1, 0, 0), b"\xa5" * 512], [64]),
             ring.add([], [64]),
         ]
         before = _untouchable(ring, requests)

@@ -59,7 +59,7 @@ def test_5_1_4_1_an_mtu_out_of_range_is_refused(mtu: int) -> None:
     [
         header(flags=0xF8),  # flags nobody knows
         header(start=0xFFFF, offset=0xFFFF),  # where a checksum would be, if one were asked for
-        header(start=14, offset=0),
+        header(flags=0xF8, start=14, offset=0),
         header(hdr_len=0xFFFF, gso_size=0xFFFF),
     ],
     ids=["flags", "outside", "inside", "lengths"],

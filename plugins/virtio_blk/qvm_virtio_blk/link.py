@@ -63,6 +63,8 @@ class Link:
         self._watched = -1
         self._attempt_at = 0.0
         self._failure: HostError | None = None
+        #: What was wrong with the export, told once.
+        self._refused = ""
 
     @property
     def busy(self) -> bool:
@@ -132,7 +134,8 @@ class Link:
         except OSError as error:
             self.lost(error)
             return
-        if self._watched not in (-1, fd):
+        # libnbd tries one address after the other: another socket may have got the same number.
+        if self._watched >= 0 and (self._watched != fd or self.connection is None):
             self._worker.unwatch(self._watched)
         self._watched = fd
         self._worker.watch(
@@ -203,12 +206,14 @@ class Link:
         except HostError as error:
             self.close()
             self._failure = error
-            if self.known:
+            if self.known and str(error) != self._refused:
+                self._refused = str(error)
                 self._log.error("%s", error)
             return
         if self.known:
             self._log.info("connected to %s again", self.uri)
         self.known = True
+        self._refused = ""
         self.connection = current
         self._owner.link_up(current)
 

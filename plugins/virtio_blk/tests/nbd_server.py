@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -60,6 +61,16 @@ class Server:
         """Send a signal, e.g. SIGSTOP to make it silent."""
         assert self.process is not None
         os.kill(self.process.pid, number)
+
+    def start_tcp(self) -> int:
+        """Start nbdkit on a port of 127.0.0.1 instead; the port."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        self.process = subprocess.Popen(
+            ["nbdkit", "-f", "-i", "127.0.0.1", "-p", str(port), *self.command[4:]], stdin=subprocess.DEVNULL
+        )
+        return port
 
     def kill(self) -> None:
         """kill -9; idempotent."""

@@ -10,7 +10,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from qvm_virtio_blk.device import VirtioBlk
-from qvm_virtio_blk.testing import FLUSH, GET_ID, IN, IOERR, OK, OUT, Guest, Start, header
+from qvm_virtio_blk.testing import (
+    DISCARD,
+    FLUSH,
+    GET_ID,
+    IN,
+    IOERR,
+    OK,
+    OUT,
+    WRITE_ZEROES,
+    Guest,
+    Start,
+    header,
+    segment,
+)
 
 from qvmcore.testing.abuse import VirtioAbuse
 from qvmcore.testing.driver import MmioDriver, Piece, VirtioDriver
@@ -18,6 +31,12 @@ from qvmcore.testing.fakes import Plugged, plug
 
 Disk = Callable[..., Plugged[VirtioBlk]]
 NEXT, WRITE = 1, 2
+SEGMENTS = st.builds(
+    segment,
+    st.sampled_from([0, 1, 127, 128, (1 << 64) - 1]),
+    st.sampled_from([0, 1, 8, 1 << 31]),
+    st.integers(0, 2),
+)
 
 
 @pytest.mark.parametrize("sector", [128, 129, 1 << 32, 1 << 54, 1 << 55, (1 << 55) + 1, (1 << 64) - 1])
@@ -144,9 +163,9 @@ def test_reset_with_requests_in_the_ring(guest: Guest) -> None:
 
 
 @given(
-    readers=st.lists(st.binary(max_size=40), max_size=4),
+    readers=st.lists(st.binary(max_size=40) | SEGMENTS, max_size=4),
     writers=st.lists(st.sampled_from([0, 1, 2, 20, 21, 511, 512, 513, 1024]), max_size=4),
-    kind=st.sampled_from([IN, OUT, FLUSH, GET_ID, 99]),
+    kind=st.sampled_from([IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES, 99]),
     sector=st.sampled_from([0, 1, 127, 128, (1 << 64) - 1]),
 )
 @settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))

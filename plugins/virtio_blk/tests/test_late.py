@@ -110,6 +110,19 @@ def test_a_server_that_comes_later(disk: Disk, start: Start, tmp_path: Path, ima
         server.kill()
 
 
+def test_a_server_by_the_name_of_its_host(disk: Disk, start: Start, tmp_path: Path, image: Path) -> None:
+    """One name, several addresses: the first may refuse, and the next socket may have its number."""
+    server = Server(tmp_path, image)
+    try:
+        guest = start(disk(hostdev=f"nbd://localhost:{server.start_tcp()}/", delayed="forever"))
+        wait(lambda: guest.driver.config(0, 8) == 128)
+        server.kill()
+        wait(lambda: not guest.device.vdev.status()["connected"])
+        assert not guest.device.ctx.faults
+    finally:
+        server.kill()
+
+
 @pytest.mark.parametrize("value", [-1, "for ever", 1.5])
 def test_what_delayed_may_be(disk: Disk, value: object) -> None:
     with pytest.raises(ConfigError, match="delayed"):

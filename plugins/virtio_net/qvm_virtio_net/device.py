@@ -12,7 +12,7 @@ from qvm_virtio_net.hostdev import HostDev, NoCable
 from qvm_virtio_net.mac import format_mac
 from qvm_virtio_net.options import NetOptions, address_of
 from qvm_virtio_net.pcap import Capture
-from qvm_virtio_net.receiver import BUDGET, Receiver
+from qvm_virtio_net.receiver import BUDGET, Agreed, Receiver
 from qvm_virtio_net.stats import Stats
 from qvm_virtio_net.transmitter import Transmitter
 from qvmcore.api import BadDescriptorChain, GuestEnd, VdevContext, VirtioVdev, Virtqueue
@@ -48,6 +48,7 @@ class VirtioNet(VirtioVdev):
         self._transmitters: dict[int, Transmitter] = {}
         self._announce = False
         self._was_up = False
+        self._agreed = Agreed()
 
     def on_configured(self) -> None:
         """Open the hostdev and the capture."""
@@ -87,22 +88,18 @@ class VirtioNet(VirtioVdev):
 
     def on_activate(self, features: int) -> None:
         """Receive on the first pair only, until the driver asks for more (5.1.6.5.5)."""
-        self._host.set_guest_offloads(features & spec.GUEST_OFFLOADS)
+        self._agreed.offloads = features & spec.GUEST_OFFLOADS
+        self._host.set_guest_offloads(self._agreed.offloads)
         if features & spec.F_CTRL_VLAN:
             self.filter.filter_vlans()
-        mtu, host, stats = self.options.mtu, self._host, self._stats
-        for pair in range(self.options.queues if features & spec.F_MQ else 1):
-            queue = self.virtio.queue(2 * pair + 1)
-            if queue is not None:
-                self._transmitters[pair] = Transmitter(
-                    pair, queue, host, stats, mtu=mtu, capture=self._capture
-                )
-            queue = self.virtio.queue(2 * pair)
-            if queue is not None:
-                self._receivers[pair] = Receiver(
-                    pair, queue, host, self.filter, stats, mergeable=bool(features & spec.F_MRG_RXBUF),
-                    offloads=features & spec.GUEST_OFFLOADS, mtu=mtu, capture=self._capture,
-                )  # fmt: skip
+
+    def on_queue_reset(self, index: int) -> None:
+        """The buffers in stock are the driver's again (2.6.1); the worker is idle."""
+        pair, transmits = divmod(index, 2)
+        if transmits:
+            self._transmitters.pop(pair, None)
+        elif self._receivers.pop(pair, None) is not None:
+            self._host.pause(pair, False)
 
     def on_deactivate(self) -> None:
         """Back to the first driver's view; the worker is idle."""
@@ -114,17 +111,46 @@ class VirtioNet(VirtioVdev):
         for pair in range(self.options.queues):
             self._host.pause(pair, False)
 
+    # ---- frames and commands, on the worker ---------------------------------------------------------
+
+    @property
+    def _pairs(self) -> int:
+        """Queue pairs the driver knows of."""
+        return self.options.queues if self.virtio.features & spec.F_MQ else 1
+
     def handle_queue(self, index: int, queue: Virtqueue) -> None:
-        """Frames one way or the other, or commands. With MQ the control queue is the last (5.1.2)."""
-        pairs = self.options.queues if self.virtio.features & spec.F_MQ else 1
+        """Frames one way or the other, or commands. The control queue is behind the last pair (5.1.2)."""
+        pairs = self._pairs
         pair, transmits = divmod(index, 2)
         if index == 2 * pairs:
             if self.virtio.features & spec.F_CTRL_VQ:
                 self._control(queue)
-        elif transmits and pair in self._transmitters:
-            self._transmitters[pair].serve(self.ctx.worker)
-        elif not transmits and pair in self._receivers:
-            self._pump(pair)
+        elif pair < pairs:
+            if transmits:
+                self._transmitter(pair, queue).serve(self.ctx.worker)
+            else:
+                self._pump(pair, queue)
+
+    def _transmitter(self, pair: int, queue: Virtqueue) -> Transmitter:
+        """That of a queue, made at its first use."""
+        found = self._transmitters.get(pair)
+        if found is None:
+            found = self._transmitters[pair] = Transmitter(
+                pair, queue, self._host, self._stats, mtu=self.options.mtu, capture=self._capture
+            )
+        return found
+
+    def _pump(self, pair: int, queue: Virtqueue) -> None:
+        receiver = self._receivers.get(pair)
+        if receiver is None:
+            mergeable = bool(self.virtio.features & spec.F_MRG_RXBUF)
+            receiver = self._receivers[pair] = Receiver(
+                pair, queue, self._host, self.filter, self._stats, mergeable=mergeable,
+                agreed=self._agreed, mtu=self.options.mtu, capture=self._capture,
+            )  # fmt: skip
+        if receiver.pump(self.ctx.worker):
+            # More may wait on the host; the transmit queue gets its turn first.
+            self.virtio.kick(2 * pair)
 
     def _control(self, queue: Virtqueue) -> None:
         for chain in queue:
@@ -133,11 +159,6 @@ class VirtioNet(VirtioVdev):
             right = chain.readable <= COMMAND_BYTES_MAX and execute(chain.read(), self.virtio.features, self)
             chain.write(spec.CTRL_OK if right else spec.CTRL_ERR)
             queue.push(chain)
-
-    def _pump(self, pair: int) -> None:
-        if self._receivers[pair].pump(self.ctx.worker):
-            # More may wait on the host; the transmit queue gets its turn first.
-            self.virtio.kick(2 * pair)
 
     # ---- what commands act upon (ctrl.Card) --------------------------------------------------------
 
@@ -153,24 +174,22 @@ class VirtioNet(VirtioVdev):
 
     def set_pairs(self, pairs: int) -> bool:
         """5.1.6.5.5.1."""
-        return 1 <= pairs <= self.options.queues and self._host.set_pairs(pairs)
+        return 1 <= pairs <= self._pairs and self._host.set_pairs(pairs)
 
     def set_guest_offloads(self, offloads: int) -> bool:
         """5.1.6.5.8."""
         if offloads & ~spec.F_GUEST_CSUM and not offloads & spec.F_GUEST_CSUM:
             return False
+        self._agreed.offloads = offloads
         self._host.set_guest_offloads(offloads)
-        for receiver in self._receivers.values():
-            receiver.offloads = offloads
         return True
 
     # ---- what the hostdev tells (hostdev.Events), on the worker ---------------------------------------
 
     def readable(self, pair: int) -> None:
         """Frames wait; without a driver they are lost, as on any card that is not up."""
-        receiver = self._receivers.get(pair)
         queue = self.virtio.queue(2 * pair)
-        if receiver is None or queue is None:
+        if queue is None or pair >= self._pairs:
             scrap = bytearray(spec.HEADER_BYTES + spec.FRAME_BYTES_MAX)
             for _ in range(BUDGET):
                 if not self._host.receive(pair, [scrap]):
@@ -178,7 +197,7 @@ class VirtioNet(VirtioVdev):
                 self._stats.rx_no_driver += 1
             return
         try:
-            self._pump(pair)
+            self._pump(pair, queue)
         except BadDescriptorChain as error:
             self.virtio.needs_reset(error)
         queue.notify()
@@ -196,6 +215,9 @@ class VirtioNet(VirtioVdev):
             self._announce = True
         self._was_up = self._was_up or up
         self.virtio.config_changed()
+        # Frames that were held back for a cable that is out now have nothing to wait for.
+        for pair in tuple(self._transmitters):
+            self.writable(pair)
 
     def on_terminate(self, end: GuestEnd) -> None:
         """Unplug."""

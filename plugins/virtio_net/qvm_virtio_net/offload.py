@@ -15,6 +15,8 @@ from qvm_virtio_net.header import Header, Malformed
 _IP_TOTAL, _IP_ID, _IP_SUM = 2, 4, 10
 _TCP_SEQ, _TCP_FLAGS, _TCP_SUM = 4, 13, 16
 _FIN, _PSH, _CWR = 0x01, 0x08, 0x80
+#: The smallest segment Linux makes of TCP, and the longest headers worth a copy, bytes.
+_SEGMENT_MIN, _HEADERS_MAX = 48, 256
 _VLAN = b"\x81\x00"
 
 
@@ -52,9 +54,9 @@ def segment(frame: bytes | bytearray, header: Header) -> Iterator[bytearray]:
     addresses = frame[start + 12 : start + 20] if ipv4 else frame[start + 8 : start + 40]
     pseudo = ones_sum(addresses) + 6
     size = header.gso_size
-    # A frame cannot be cut into more pieces than a queue could take; 64 KiB by 48 bytes is absurd.
-    if (len(frame) - data) > size * 2048:
-        raise Malformed(f"segments of {size} bytes")
+    # Each piece has a copy of the headers, so both bound what one frame can become.
+    if size < _SEGMENT_MIN or data > start + _HEADERS_MAX:
+        raise Malformed(f"segments of {size} bytes behind headers of {data - start}")
     for number, position in enumerate(range(data, max(len(frame), data + 1), size)):
         piece = bytearray(frame[:data]) + frame[position : position + size]
         last = position + size >= len(frame)

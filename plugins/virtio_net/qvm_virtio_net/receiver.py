@@ -36,11 +36,17 @@ _HEAD = spec.HEADER_BYTES + spec.ETHERNET_BYTES + spec.VLAN_BYTES
 _LONGEST = spec.HEADER_BYTES + spec.FRAME_BYTES_MAX
 
 
-class Receiver:
-    """The receive side of one queue pair, from DRIVER_OK to the next reset.
+class Agreed:
+    """What the driver takes: its GUEST_OFFLOADS now, which the control queue may change. One a card."""
 
-    ``offloads`` are the GUEST_OFFLOADS the driver takes now; the control queue may change them.
-    """
+    __slots__ = ("offloads",)
+
+    def __init__(self) -> None:
+        self.offloads = 0
+
+
+class Receiver:
+    """The receive side of one queue pair, from the queue's first use to its reset."""
 
     def __init__(
         self,
@@ -51,11 +57,11 @@ class Receiver:
         stats: Stats,
         *,
         mergeable: bool,
-        offloads: int,
+        agreed: Agreed,
         mtu: int,
         capture: Capture | None,
     ) -> None:
-        self.offloads = offloads
+        self._agreed = agreed
         self._pair = pair
         self._queue = queue
         self._host = host
@@ -121,8 +127,8 @@ class Receiver:
             if self._capture is not None:
                 pieces = [memoryview(self._head), *room, memoryview(self._overflow)]
                 self._capture.record(cut(pieces, spec.HEADER_BYTES, count))
-            if direct and count <= self._room and headers.acceptable(header, self.offloads):
-                self._commit(headers.trimmed(header, self.offloads), count)
+            if direct and count <= self._room and headers.acceptable(header, self._agreed.offloads):
+                self._commit(headers.trimmed(header, self._agreed.offloads), count)
                 return True
             pieces = [memoryview(self._head), *room, memoryview(self._overflow)]
             frame = bytearray().join(cut(pieces, spec.HEADER_BYTES, count))
@@ -154,8 +160,8 @@ class Receiver:
 
     def _adapt(self, header: Header, frame: bytearray) -> None:
         """Queue a frame, finished in software as far as the driver cannot do it itself."""
-        if headers.acceptable(header, self.offloads):
-            self._waiting.append((headers.trimmed(header, self.offloads), frame))
+        if headers.acceptable(header, self._agreed.offloads):
+            self._waiting.append((headers.trimmed(header, self._agreed.offloads), frame))
         elif header.gso_type == spec.GSO_NONE:
             offload.finish_checksum(frame, header)
             self._waiting.append((headers.PLAIN, frame))
@@ -187,7 +193,7 @@ class Receiver:
 
     def _wanted(self) -> int:
         """Bytes of stock that hold any frame that may come."""
-        if self.offloads & (spec.F_GUEST_TSO4 | spec.F_GUEST_TSO6):
+        if self._agreed.offloads & (spec.F_GUEST_TSO4 | spec.F_GUEST_TSO6):
             return _LONGEST
         return spec.HEADER_BYTES + self._frame_max + spec.VLAN_BYTES
 

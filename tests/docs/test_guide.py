@@ -12,7 +12,7 @@ import pytest
 
 from qvmcore import api
 from qvmcore.termination import Phase
-from qvmcore.testing import abuse, conformance
+from qvmcore.testing import abuse, conformance, pci
 from qvmcore.vdev import Vdev, VdevContext
 from qvmcore.virtio.chain import Chain
 from qvmcore.virtio.device import VirtioVdev
@@ -91,9 +91,11 @@ def test_the_classes_of_the_kit_are_all_listed() -> None:
     table = GUIDE.split("| class | for | you add |")[1].split("\n\n")[0]
     there = {
         name
-        for module in (conformance, abuse)
+        for module in (conformance, pci, abuse)
         for name, value in vars(module).items()
-        if inspect.isclass(value) and value.__module__ == module.__name__ and name != "Kit"
+        if inspect.isclass(value)
+        and value.__module__ == module.__name__
+        and name.endswith(("Conformance", "Abuse"))
     }
     assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == there
 

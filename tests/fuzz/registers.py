@@ -1,16 +1,11 @@
-"""Targets for registers: interrupt controller, PrimeCells, PCI functions."""
+"""Targets for registers: interrupt controller and PrimeCells."""
 
 from __future__ import annotations
 
 import itertools
 from typing import Any
 
-from qvmcore.pci.bar import Bar
-from qvmcore.pci.capability import Capability
-from qvmcore.pci.function import PciFunction
-from qvmcore.pci.interrupts import PciInterrupts
 from qvmcore.testing.fakes import plug
-from qvmcore.types import MmioHandler, PciId, Window
 from qvmcore.vdev import Vdev
 from tests.fuzz.bytesource import ByteSource
 
@@ -92,67 +87,3 @@ def _plain_vdev(data: bytes, cls: type[Vdev], **options: Any) -> None:
         assert device.ctx.faults == []
         assert device.ctx.shutdowns == []
         assert [result for result in device.terminate() if result.verdict != "ok"] == []
-
-
-class _Port:
-    """A bus that checks what a function asks of it."""
-
-    def __init__(self) -> None:
-        self.intx = False
-        self.messages = 0
-
-    def place(self, bar: Bar, address: int | None) -> None:
-        if address is not None:
-            assert address % bar.window.size == 0
-            assert 0 <= address < 1 << bar.bits
-
-    def message(self, address: int, data: int) -> None:
-        assert 0 <= address < 1 << 64
-        assert 0 <= data < 1 << 32
-        self.messages += 1
-
-    def set_intx(self, level: bool) -> None:
-        assert level != self.intx, "INTx was told without a change"
-        self.intx = level
-
-    def pulse_intx(self) -> None:
-        assert not self.intx
-
-
-def pci_function(data: bytes) -> None:
-    """Any configuration and table accesses: identity and structure stay, places are possible ones."""
-    source = ByteSource(data)
-    interrupts = PciInterrupts(source.pick((0, 1, 3, 33)), intx=bool(source.byte() & 1))
-    silent = MmioHandler(lambda offset, size: 0, lambda offset, size, value: None)
-    function = PciFunction(
-        PciId(0x1C05, 0x1042, 0x1C05, 0x42, 1),
-        0x018000,
-        bars=[Bar(0, Window(0x1000), silent), Bar(2, Window(1 << 33), silent, wide=True, prefetchable=True)],
-        capabilities=[Capability(9, bytes([18]) + bytes(15), bytes(4) + b"\xff" * 8)],
-        interrupts=interrupts,
-    )
-    port = _Port()
-    function.connect(port, multifunction=bool(source.byte() & 1))
-    fixed = [(0, 4), (8, 4), (14, 1), (0x2C, 4), (0x34, 1), (0x3D, 1), (0x40, 2)]
-    before = [function.config_read(*place) for place in fixed]
-    while source:
-        action, size = source.byte() % 8, source.pick((4, 4, 1, 2, 8))
-        offset = source.byte() if source.byte() & 7 else source.value(2)
-        if action < 2:
-            assert 0 <= function.config_read(offset, size) < 1 << 8 * size
-        elif action < 5:
-            function.config_write(offset, size, source.value(size))
-        elif action == 5:
-            number = source.byte() % 8
-            function.bar_write(number, offset, size, source.value(size))
-            assert 0 <= function.bar_read(number, offset, size) < 1 << 8 * size
-        elif action == 6:
-            interrupts.signal(source.value(2))
-        else:
-            interrupts.set_intx(bool(source.byte() & 1), source.byte() % 3)
-        assert [function.config_read(*place) for place in fixed] == before
-    for source_number in range(3):
-        interrupts.set_intx(False, source_number)
-    function.config_write(4, 2, 0)
-    assert all(function.bar_address(number) is None for number in range(6))
-    assert not port.intx

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.fuzz import devices, kernel, net, registers, rings, text
+from tests.fuzz import devices, kernel, net, pci, registers, rings, text
 
 Target = Callable[[bytes], None]
 
@@ -25,7 +25,9 @@ TARGETS: dict[str, Target] = {
     "gicv2": registers.gicv2,
     "pl011": registers.pl011,
     "pl061": registers.pl061,
-    "pci-function": registers.pci_function,
+    "pci-function": pci.pci_function,
+    "pci-bus": pci.pci_bus,
+    "shmem": pci.shmem,
     "virtio-echo": devices.echo,
     "virtio-blk": devices.blk,
     "virtio-console": devices.console,

@@ -7,9 +7,10 @@ from qvmcore.testing.abuse import VirtioAbuse
 from qvmcore.testing.conformance import MmioConformance, TerminationConformance, VirtioConformance
 from qvmcore.testing.driver import VirtioDriver
 from qvmcore.testing.fakes import Plugged, plug
+from qvmcore.testing.pci import PciConformance
 
 
-class TestClock(VirtioConformance, MmioConformance, TerminationConformance):
+class TestClock(VirtioConformance, MmioConformance, PciConformance, TerminationConformance):
     vdev_class = Clock
     options = {"offset": 3600}
 

@@ -37,6 +37,22 @@ NOTIFY_OFF_MULTIPLIER = 4
 _QUEUES_MAX = _PAGE // NOTIFY_OFF_MULTIPLIER
 
 
+def identity_of(cls: type[VirtioVdev]) -> PciId:
+    """Who a device of this class is on PCI (4.1.2.1)."""
+    return PciId(
+        pci_spec.VENDOR_ID,
+        pci_spec.DEVICE_ID_BASE + cls.device_id,
+        cls.vendor_id,
+        pci_spec.SUBSYSTEM_ID_BASE + cls.device_id,
+        pci_spec.REVISION,
+    )
+
+
+def class_of(cls: type[VirtioVdev]) -> int:
+    """The PCI class code: base class, sub-class, interface."""
+    return pci_spec.CLASS_CODES.get(cls.device_id, pci_spec.CLASS_OTHER)
+
+
 class PciTransport:
     """Makes a virtio device a PCI function: :attr:`function`, to be hung on a bus.
 
@@ -56,18 +72,11 @@ class PciTransport:
         interrupts = PciInterrupts(queues + 1)
         self._vectors = Vectors(interrupts, queues)
         self._common = CommonConfig(vdev.virtio, self._vectors)
-        self._notify_end = NOTIFY + NOTIFY_OFF_MULTIPLIER * queues
         access = ConfigAccess(STRUCTURES_BAR)
         #: The function with its configuration space.
         self.function = PciFunction(
-            PciId(
-                pci_spec.VENDOR_ID,
-                pci_spec.DEVICE_ID_BASE + vdev.device_id,
-                vdev.vendor_id,
-                pci_spec.SUBSYSTEM_ID_BASE + vdev.device_id,
-                pci_spec.REVISION,
-            ),
-            pci_spec.CLASS_CODES.get(vdev.device_id, pci_spec.CLASS_OTHER),
+            identity_of(type(vdev)),
+            class_of(type(vdev)),
             bars=[Bar(STRUCTURES_BAR, STRUCTURES, MmioHandler(self.read, self.write), wide=True)],
             capabilities=[*_structures(queues, config_length), access.capability],
             interrupts=interrupts,
@@ -98,8 +107,7 @@ class PciTransport:
     def write(self, offset: int, size: int, value: int) -> None:
         """A store to BAR 0."""
         if offset >= NOTIFY:
-            if offset < self._notify_end:
-                self._notify(offset - NOTIFY, size, value)
+            self._notify(offset - NOTIFY, size, value)
         elif offset < ISR:
             self._common.write(offset, size, value)
         elif offset >= DEVICE:
@@ -123,7 +131,10 @@ class PciTransport:
     # ---- inside ----------------------------------------------------------------------------------
 
     def _notify(self, offset: int, size: int, value: int) -> None:
-        """Which queue is meant, the address says; 32 bits carry a position behind its number."""
+        """Which queue is meant, the address says; 32 bits carry a position behind its number.
+
+        Behind the last queue the state machine finds none.
+        """
         index, odd = divmod(offset, NOTIFY_OFF_MULTIPLIER)
         if odd:
             return

@@ -10,7 +10,7 @@ import pytest
 
 from qvmcore.errors import PluginError
 from qvmcore.pci import spec as pci
-from qvmcore.testing.driver import GuestRam
+from qvmcore.testing.driver import GuestRam, SplitDriver
 from qvmcore.testing.fakes import Plugged, plug
 from qvmcore.testing.pci_driver import PciDevice, PciDriver
 from qvmcore.testing.samples import Echo
@@ -328,12 +328,19 @@ def test_4_1_4_3_2_zero_does_not_disable_a_queue(echo: Plugged[Echo], driver: Pc
     roundtrip(echo, driver)
 
 
-@pytest.mark.parametrize("value", [2, 3, 0x8000, 0xFFFF])
-def test_4_1_4_3_only_one_enables(driver: PciDriver, value: int) -> None:
-    driver.negotiate()
+@pytest.mark.parametrize("value", [0, 2, 3, 0x8000, 0xFFFF])
+def test_4_1_4_3_only_one_enables(echo: Plugged[Echo], driver: PciDriver, value: int) -> None:
+    driver.negotiate(PLAIN)
+    ring = SplitDriver(driver.ram, 16, driver.features, lambda: driver.notify(0))
     driver.select_queue(0)
+    driver.place(16, ring.desc, ring.avail, ring.used)
     driver.write(pci_spec.QUEUE_ENABLE, value)
     assert driver.queue_ready == 0
+    driver.enable_queue()
+    assert driver.queue_ready == 1
+    driver.queues = [ring]
+    driver.driver_ok()
+    roundtrip(echo, driver)
 
 
 def test_4_1_4_3_2_parameters_are_locked_while_enabled(echo: Plugged[Echo], driver: PciDriver) -> None:
@@ -464,6 +471,42 @@ def test_4_1_5_2_odd_notifications_are_ignored(
     assert echo.read(NOTIFY + offset, size) == 0, "write-only"
 
 
+class Counting(Echo):
+    """Knows how often its worker was woken."""
+
+    served = 0
+
+    def handle_queue(self, index: int, queue: Any) -> None:
+        self.served += 1
+        super().handle_queue(index, queue)
+
+
+def test_2_9_a_position_the_device_has_reached_wakes_nobody() -> None:
+    """The upper 16 bits of a notification arrive; another position does wake it."""
+    with plug(Counting, transport="pci") as device:
+        driver = device.driver()
+        assert isinstance(driver, PciDriver)
+        driver.start(PLAIN | NOTIFICATION_DATA)
+        roundtrip(device, driver)
+        before = device.vdev.served
+        device.write(NOTIFY, driver.queues[0].position << 16)
+        device.settle()
+        assert device.vdev.served == before
+        device.write(NOTIFY, driver.queues[0].position + 1 << 16)
+        device.settle()
+        assert device.vdev.served == before + 1
+
+
+def test_4_1_5_2_the_address_names_the_queue(echo: Plugged[Echo], driver: PciDriver) -> None:
+    """Whatever number is written there: an ioeventfd would not look at it either."""
+    driver.start(PLAIN | NOTIFICATION_DATA)
+    echo.settle()
+    request = quietly(driver, 1)
+    echo.write(NOTIFY + 4, driver.queues[1].position << 16 | 0x7777)
+    echo.settle()
+    assert driver.queues[1].reap() == [request]
+
+
 def test_4_1_5_2_notification_data(echo: Plugged[Echo], driver: PciDriver) -> None:
     driver.start(PLAIN | NOTIFICATION_DATA)
     assert driver.features & NOTIFICATION_DATA
@@ -557,6 +600,13 @@ def test_4_1_5_1_2_1_every_event_to_every_vector(echo: Plugged[Echo], driver: Pc
         assert driver.map_config(vector) == vector
         for queue in (0, 1):
             assert driver.map_queue(queue, vector) == vector
+
+
+def test_4_1_5_1_2_1_nothing_is_mapped_at_first(driver: PciDriver) -> None:
+    assert driver.read(pci_spec.CONFIG_MSIX_VECTOR) == NO_VECTOR
+    for queue in (0, 1):
+        driver.select_queue(queue)
+        assert driver.read(pci_spec.QUEUE_MSIX_VECTOR) == NO_VECTOR
 
 
 @pytest.mark.parametrize("vector", [3, 0x7FF, 0x800, 0x8000, 0xFFFE])
@@ -685,6 +735,16 @@ def test_4_1_4_3_1_the_generation_tells_of_every_change_a_driver_could_mix(
     before = driver.generation()
     driver.config(0, 8)
     assert driver.generation() == before
+
+
+def test_4_1_4_3_the_generation_has_8_bits(echo: Plugged[Echo], driver: PciDriver) -> None:
+    driver.start()
+    seen = set()
+    for _ in range(300):
+        seen.add(driver.generation())
+        echo.vdev.value += 1
+        echo.vdev.virtio.config_changed()
+    assert seen == set(range(256))
 
 
 # ---- PCI configuration access: 4.1.4.9 ------------------------------------------------------------------

@@ -40,7 +40,8 @@ class Channel:
     """Owns ``fd`` and closes it.
 
     ``on_input(data)``, ``on_space()`` and ``on_lost(error)`` run on the worker thread; ``on_lost``
-    comes once, with None at the end of file. Without ``on_input`` nothing is ever read.
+    comes once, with None at the end of file. Without ``on_input`` nothing is ever read. ``stall`` are
+    the seconds after which a full receiver counts as gone; None: never, it is waited for.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Channel:
         on_lost: Callable[[OSError | None], None],
         on_input: Callable[[bytes], None] | None = None,
         limit: int = OUTPUT_LIMIT,
-        stall: float = STALL_SECONDS,
+        stall: float | None = STALL_SECONDS,
     ) -> None:
         self._fd = fd
         self._worker = worker
@@ -231,6 +232,8 @@ class Channel:
             self._worker.call(self._on_space)
 
     def _arm_stall(self) -> None:
+        if self._stall is None:
+            return
         before = self.sent
 
         def check() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from qvm_chardev.channel import STALL_SECONDS
 from qvmcore.api import Worker
 
 
@@ -27,7 +28,8 @@ class Wiring:
     more are wanted. ``on_writable()``: after ``write`` took less than it was given, there is room
     again. ``on_resize()``: the terminal has a new size. ``on_connection(connected)``: a client came or
     went, for the kinds that have clients (:attr:`CharSpec.has_clients`). All run on the worker thread.
-    ``name`` names the vdev in messages; ``base`` is the directory relative paths start from.
+    ``name`` names the vdev in messages; ``base`` is the directory relative paths start from. ``stall``
+    are the seconds after which a receiver that takes nothing counts as gone; None: it is waited for.
     """
 
     worker: Worker
@@ -39,6 +41,7 @@ class Wiring:
     escape: EscapeActions | None = None
     base: Path = Path()
     on_connection: Callable[[bool], None] = lambda connected: None
+    stall: float | None = STALL_SECONDS
 
 
 class CharDevice(Protocol):

@@ -34,6 +34,7 @@ class Line:
                 on_space=wiring.on_writable,
                 on_lost=self._lost,
                 on_input=wiring.on_input if reads else None,
+                stall=wiring.stall,
             )
         if self._raw is not None:
             self._raw.enter()

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from qvm_chardev import channel
 from qvm_chardev.device import CharDevice, EscapeActions, Wiring
 from qvm_chardev.files import CommandOutput, Null, open_file
 from qvm_chardev.pty import Pty
@@ -31,17 +32,22 @@ def open_chardev(
     escape: EscapeActions | None = None,
     base: Path | None = None,
     on_connection: Callable[[bool], None] = lambda connected: None,
+    lossless: bool = False,
 ) -> CharDevice:
     """Open a host device for the serial line of vdev ``name``; call it in ``on_configured``.
 
     See :class:`~qvm_chardev.device.Wiring` for the callbacks. ``escape`` None means that a
-    terminal has no escape key. Raises ValueError for a malformed ``spec`` and HostError when the
-    host device cannot be opened; then nothing stays open and no terminal stays raw.
+    terminal has no escape key. ``lossless``: a receiver that takes nothing is waited for as long as
+    it is connected, for a guest that can wait; else its output is dropped after a while.
+
+    Raises ValueError for a malformed ``spec`` and HostError when the host device cannot be opened;
+    then nothing stays open and no terminal stays raw.
     """
     parsed = parse_spec(spec) if isinstance(spec, str) else spec
     wiring = Wiring(
-        worker, on_input, on_writable, on_resize, log, name, escape, base or Path(), on_connection
-    )
+        worker, on_input, on_writable, on_resize, log, name, escape, base or Path(), on_connection,
+        None if lossless else channel.STALL_SECONDS,
+    )  # fmt: skip
     match parsed.kind:
         case Kind.NULL:
             return Null()

@@ -130,6 +130,7 @@ class Pty:
             on_space=self._wiring.on_writable,
             on_lost=lambda _error: self._client_lost(client),
             on_input=self._wiring.on_input,
+            stall=self._wiring.stall,
         )
         client.pause_input(self._paused)
         self._client = client

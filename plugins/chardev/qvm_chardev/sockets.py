@@ -114,6 +114,7 @@ class UnixSocket:
             on_space=self._wiring.on_writable,
             on_lost=lambda error: self._client_lost(client, error),
             on_input=self._wiring.on_input,
+            stall=self._wiring.stall,
         )
         with self._lock:
             self._client, self._client_fd, self._half_closed = client, fd, False

@@ -59,8 +59,9 @@ class Stdio:
         if _is_open(output_fd):
             copy = nonblocking_copy(output_fd, os.O_WRONLY)
             self._output = Channel(
-                copy, worker=wiring.worker, on_space=wiring.on_writable, on_lost=self._output_lost
-            )
+                copy, worker=wiring.worker, on_space=wiring.on_writable, on_lost=self._output_lost,
+                stall=wiring.stall,
+            )  # fmt: skip
         for fd in (output_fd, input_fd):
             if _is_tty(fd):
                 self._tty = fd

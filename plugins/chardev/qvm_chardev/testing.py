@@ -24,6 +24,7 @@ class Owner:
         self.quits = 0
         self.presses = 0
         self.base = base
+        self.connections: list[bool] = []
         self.log = logging.getLogger("test.chardev")
 
     def wiring(self, escape: bool = True) -> Wiring:
@@ -31,14 +32,16 @@ class Owner:
         return Wiring(
             self.worker, self.input.extend, self._on_writable, self._on_resize, self.log, "con0",
             EscapeActions(self._on_quit, self._on_power) if escape else None, self.base,
+            self.connections.append,
         )  # fmt: skip
 
-    def open(self, spec: str) -> CharDevice:
+    def open(self, spec: str, *, lossless: bool = False) -> CharDevice:
         """``open_chardev`` with this owner's callbacks."""
         w = self.wiring()
         return open_chardev(
             spec, worker=w.worker, on_input=w.on_input, on_writable=w.on_writable, on_resize=w.on_resize,
-            log=w.log, name=w.name, escape=w.escape, base=w.base,
+            log=w.log, name=w.name, escape=w.escape, base=w.base, on_connection=w.on_connection,
+            lossless=lossless,
         )  # fmt: skip
 
     def _on_writable(self) -> None:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from qvm_chardev import channel
 from qvm_chardev.testing import Owner, wait_for
 
 from qvmcore.api import HostError
@@ -148,6 +149,37 @@ def test_pty_client_that_stops_reading_holds_the_guest_back(owner: Owner, tmp_pa
     assert wait_for(lambda: owner.writable)
     assert line.write(b"gone") == 4
     line.close()
+
+
+@pytest.mark.parametrize("spec", ["unix:line", "pty:line"])
+def test_the_owner_is_told_of_clients(owner: Owner, tmp_path: Path, spec: str) -> None:
+    line = owner.open(spec)
+    for _ in range(2):
+        owner.connections.clear()
+        if spec.startswith("unix"):
+            client = _connect(tmp_path / "line")
+        else:
+            client = os.fdopen(os.open(tmp_path / "line", os.O_RDWR | os.O_NOCTTY), "rb", buffering=0)
+        assert wait_for(lambda: owner.connections == [True])
+        client.close()
+        assert wait_for(lambda: owner.connections == [True, False])
+    line.close()
+
+
+def test_a_lossless_line_waits_for_a_receiver_that_takes_nothing(
+    owner: Owner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel, "STALL_SECONDS", 0.02)
+    lines = [owner.open(f"unix:{name}", lossless=name == "kept") for name in ("lost", "kept")]
+    clients = [_connect(tmp_path / name) for name in ("lost", "kept")]
+    for line in lines:
+        assert wait_for(lambda line=line: line.status()["connected"])
+        while line.write(bytes(10_000)) == 10_000:
+            pass
+    assert wait_for(lambda: lines[0].write(b"x") == 1 and lines[0].status()["dropped"])
+    assert lines[1].write(b"x") == 0 and not lines[1].status()["dropped"]
+    for each in (*clients, *lines):
+        each.close()
 
 
 def _connect(path: Path) -> socket.socket:

@@ -64,6 +64,8 @@ class Port:
             name=f"{ctx.name}.{self.name}" if self.name else ctx.name,
             escape=escape,
             base=ctx.base_dir,
+            # A Linux guest spins while a console holds it back, but lets a program at a port sleep.
+            lossless=not self.console,
         )
         self.size = self.line.size()
 

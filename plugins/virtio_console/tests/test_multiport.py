@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from multiport import MultiportDriver
+from qvm_chardev import channel
 from qvm_chardev.testing import wait_for
 from qvm_virtio_console import spec
 from qvm_virtio_console.device import VirtioConsole
@@ -157,6 +158,34 @@ def test_a_port_whose_host_takes_nothing_holds_back_no_other(console: Console, t
     ring = multi.driver.queues[spec.receiveq(1) + 1]
     assert wait_for(lambda: ring.reap() or all(request.done for request in stuck))
     client.close()
+
+
+def test_only_a_console_gives_a_receiver_up_that_takes_nothing(
+    console: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel, "STALL_SECONDS", 0.02)
+    ports = [
+        {"name": "data", "hostdev": "unix:d"},
+        {"name": "tty", "hostdev": "unix:t", "console": True},
+    ]
+    multi = MultiportDriver(console(hostdev="null", ports=ports))
+    multi.greet()
+    clients = [_connect(tmp_path / name) for name in ("d", "t")]
+    assert wait_for(lambda: multi.listen() is not None and multi.said[-1][2:] == (1, b""))
+    data = [multi.send(1, bytes(40_000)) for _ in range(20)]
+    tty = [multi.send(2, bytes(40_000)) for _ in range(20)]
+
+    def dropped(port: str) -> int:
+        return int(multi.device.vdev.status()["ports"][port]["dropped"])
+
+    ring = multi.driver.queues[spec.receiveq(2) + 1]
+    assert wait_for(lambda: ring.reap() is not None and all(request.done for request in tty))
+    assert dropped("tty") > 0
+    assert dropped("data") == 0 and not data[-1].done
+    clients[0].close()
+    ring = multi.driver.queues[spec.receiveq(1) + 1]
+    assert wait_for(lambda: ring.reap() is not None and all(request.done for request in data))
+    clients[1].close()
 
 
 def test_a_reset_closes_the_ports_and_forgets_the_rest(console: Console, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 from qvmcore.virtio.chain import Chain
 from qvmcore.virtio.queue import Virtqueue
@@ -58,6 +59,24 @@ class InOrderQueue(Virtqueue):
         while early and order[0] in early:
             chain = order.popleft()
             self._ring.push(chain, early.pop(chain))
+
+    def push_together(self, used: Sequence[tuple[Chain, int]]) -> None:
+        """See :meth:`Virtqueue.push_together`; with what came before them and was pushed already."""
+        order, early = self._order, self._early
+        for chain, written in used:
+            if chain in early:
+                raise ValueError(f"queue {self.index}: chain {chain.head} was pushed twice")
+            if chain not in order or not 0 <= written <= chain.writable:
+                # Not ours, or too much: the ring knows what to say.
+                self._ring.push(chain, written)
+            else:
+                early[chain] = written
+        run = []
+        while order and order[0] in early:
+            chain = order.popleft()
+            run.append((chain, early.pop(chain)))
+        if run:
+            self._ring.push_together(run)
 
     def notify(self) -> None:
         """See :meth:`Virtqueue.notify`."""

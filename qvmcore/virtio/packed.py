@@ -8,7 +8,7 @@ are one 32-bit cell each.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from qvmcore.errors import BadDescriptorChain, GuestMemoryError
 from qvmcore.memory import GuestMemory
@@ -249,6 +249,24 @@ class PackedQueue(RingQueue):
         self._used_slot = slot
         self._used += count
         self._pushed += 1
+
+    def push_together(self, used: Sequence[tuple[Chain, int]]) -> None:
+        """See :meth:`Virtqueue.push_together`: the first one, where the driver looks, is stored last."""
+        stores = []
+        for chain, written in used:
+            if not self._returned(chain, written):
+                continue
+            flags = self._used_flags | (_WRITTEN if written else 0)
+            stores.append((self._used_slot << 2, min(written, 0xFFFFFFFF), chain.head | flags))
+            self._used_slot += chain._count
+            if self._used_slot >= self.size:
+                self._used_slot -= self.size
+                self._used_flags ^= _TURN
+            self._used += chain._count
+            self._pushed += 1
+        for cell, written, mark in reversed(stores):
+            self._used_cells[cell + 2] = written
+            self._used_cells[cell + 3] = mark
 
     @property
     def pending(self) -> int:

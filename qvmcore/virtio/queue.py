@@ -10,7 +10,7 @@ Thread: the device's worker only. :meth:`Virtqueue.kill` may come from any threa
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from qvmcore.virtio.chain import Chain
 
@@ -52,6 +52,14 @@ class Virtqueue(abc.ABC):
 
         Any order. ValueError when the chain is not a popped one of this queue or ``written``
         exceeds its writable bytes: a bug of the device.
+        """
+
+    @abc.abstractmethod
+    def push_together(self, used: Sequence[tuple[Chain, int]]) -> None:
+        """Hand several chains back, each with the bytes written: the driver sees all of them or none.
+
+        For an answer that is spread over chains, as a frame over receive buffers (5.1.9.4.1): a
+        driver that polls would find a part of it otherwise. ValueError as :meth:`push`.
         """
 
     @abc.abstractmethod

@@ -147,6 +147,18 @@ class RingQueue(Virtqueue):
             if address < end and start < address + length:
                 raise BadDescriptorChain(f"device-writable buffer at {address:#x} is read-only memory")
 
+    def _returned(self, chain: Chain, written: int) -> bool:
+        """The checks of a push that is not a fast path; False for a chain to be dropped."""
+        if self._dead:
+            return False
+        if not 0 <= written <= chain.writable:
+            raise ValueError(f"queue {self.index}: {written} bytes written of {chain.writable} writable")
+        if chain._queue is not self:
+            self._refuse_push(chain)
+            return False
+        chain._queue = None
+        return True
+
     def _refuse_push(self, chain: Chain) -> None:
         """A chain of an earlier life is dropped in silence; anything else is a bug of the device."""
         if chain._queue is None or not chain._queue.dead:

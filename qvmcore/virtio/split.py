@@ -10,7 +10,7 @@ largest region, inlined; every walk is bounded by the queue size.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from qvmcore.errors import BadDescriptorChain, GuestMemoryError
 from qvmcore.memory import GuestMemory
@@ -157,6 +157,17 @@ class SplitQueue(RingQueue):
         self._elements[pushed & self._mask] = chain.head | written << 32
         self._pushed = pushed = pushed + 1
         self._used[1] = pushed & 0xFFFF
+
+    def push_together(self, used: Sequence[tuple[Chain, int]]) -> None:
+        """See :meth:`Virtqueue.push_together`: all elements, then the one index that shows them."""
+        pushed = self._pushed
+        for chain, written in used:
+            if self._returned(chain, written):
+                self._elements[pushed & self._mask] = chain.head | min(written, 0xFFFFFFFF) << 32
+                pushed += 1
+        if pushed != self._pushed:
+            self._pushed = pushed
+            self._used[1] = pushed & 0xFFFF
 
     @property
     def pending(self) -> int:

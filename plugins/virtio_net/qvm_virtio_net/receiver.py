@@ -142,7 +142,7 @@ class Receiver:
         """The stock's first buffers hold a message of ``count`` bytes, but for its head: publish it."""
         self._stats.rx_frames += 1
         self._stats.rx_bytes += count - spec.HEADER_BYTES
-        stock, push = self._stock, self._queue.push
+        stock = self._stock
         used, left = 0, count
         while left > 0:
             left -= stock[used].writable
@@ -150,13 +150,16 @@ class Receiver:
         self._head[: spec.HEADER_BYTES] = header.pack(used)
         fill(stock[0].writers, memoryview(self._head)[: min(count, _HEAD)])
         left = count
+        filled = []
         for chain in stock[:used]:
             size = chain.writable
-            push(chain, min(size, left))
+            filled.append((chain, min(size, left)))
             left -= size
             self._room -= size
             self._views -= len(chain.writers)
         del stock[:used]
+        # A driver that polls must find all buffers of the message or none (5.1.9.4.1).
+        self._queue.push_together(filled)
 
     def _adapt(self, header: Header, frame: bytearray) -> None:
         """Queue a frame, finished in software as far as the driver cannot do it itself."""

@@ -119,6 +119,36 @@ def test_5_1_9_2_2_and_5_1_9_4_1_a_tunnel_packet_is_not_accepted(
     assert two.stats.rx_malformed == 1
 
 
+# ---- reception, 5.1.9.4.1 --------------------------------------------------------------------------
+
+
+def test_5_1_9_4_1_the_buffers_of_a_frame_are_shown_together(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two stores of the used index a driver may poll: what it finds is a whole frame."""
+    one, two = pair(None, PLAIN | spec.F_MRG_RXBUF)
+    queue = two.device.vdev.virtio.queue(0)
+    used = queue._used
+    indices: list[int] = []
+
+    class Watched:
+        def __getitem__(self, place: int) -> int:
+            return int(used[place])
+
+        def __setitem__(self, place: int, value: int) -> None:
+            used[place] = value
+            if place == 1:
+                indices.append(value)
+
+    monkeypatch.setattr(queue, "_used", Watched())
+    two.offer(*[100] * 20)
+    one.send(ethernet(payload=bytes(250)))
+    two.device.settle()
+    one.send(ethernet(payload=bytes(500)))
+    assert [len(used) for _, _, used in two.received()] == [3, 6]
+    assert indices == [3, 9]
+
+
 # ---- control, 5.1.9.5 ------------------------------------------------------------------------------
 
 

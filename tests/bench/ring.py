@@ -159,8 +159,11 @@ def disk(builtin: bool) -> Plugged[Any]:
             print("virtio-blk is not installed; using the built-in disk", file=sys.stderr)
         else:
             fd = os.memfd_create("bench-disk")
-            os.ftruncate(fd, DISK)
-            return plug(cls, hostdev=f"/proc/self/fd/{fd}")
+            try:
+                os.ftruncate(fd, DISK)
+                return plug(cls, hostdev=f"/proc/self/fd/{fd}")
+            finally:
+                os.close(fd)
     return plug(MemoryDisk)
 
 

@@ -61,6 +61,9 @@ class Server:
         """Send a signal, e.g. SIGSTOP to make it silent."""
         assert self.process is not None
         os.kill(self.process.pid, number)
+        if number == signal.SIGSTOP:
+            # It goes on for a moment, and that may be enough for an answer.
+            os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
 
     def start_tcp(self) -> int:
         """Start nbdkit on a port of 127.0.0.1 instead; the port."""

@@ -220,6 +220,18 @@ def test_2_4_reset_while_the_server_is_silent(remote: RemoteGuest, server: Serve
     assert not remote.device.ctx.faults
 
 
+def test_2_4_a_late_answer_leaves_the_memory_of_the_guest_alone(remote: RemoteGuest, server: Server) -> None:
+    server.signal(signal.SIGSTOP)
+    request = remote.driver.queues[0].submit([header(IN, 9)], [512, 1])
+    remote.until(lambda: remote.status("in_flight") == 1)
+    remote.driver.reset()
+    for piece in request.writable:
+        remote.device.memory.write(piece.address, b"\xee" * piece.length)
+    server.signal(signal.SIGCONT)
+    remote.until(lambda: remote.status("in_flight") == 0)
+    assert request.result() == b"\xee" * 513
+
+
 def test_5_2_5_2_durable_writes_are_followed_by_a_flush(
     remote: RemoteGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,7 +56,8 @@ class HostDev(Protocol):
     def receive(self, pair: int, buffers: Sequence[bytearray | memoryview]) -> int:
         """Scatter the next message over ``buffers``; its length, 0 when none waits.
 
-        More than the buffers hold when it was longer than they are: the rest is lost.
+        The buffers have room for more than a message may be long: one that fills them was too long,
+        and its rest is lost.
         """
 
     def pause(self, pair: int, paused: bool) -> None:

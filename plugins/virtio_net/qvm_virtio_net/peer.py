@@ -207,16 +207,16 @@ class PeerLink:
         if self._peer is None:
             return 0
         try:
-            count, _, flags, _ = self._peer[0].recvmsg_into(buffers)
+            count = self._peer[0].recvmsg_into(buffers)[0]
         except BlockingIOError:
             return 0
         except OSError:
-            count = flags = 0
+            count = 0
         if not count:
             # The end of the connection; nobody sends empty messages.
             self._lost()
             return 0
-        return sum(map(len, buffers)) + 1 if flags & socket.MSG_TRUNC else count
+        return count
 
     def _writable(self) -> None:
         if self._peer is not None:

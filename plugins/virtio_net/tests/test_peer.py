@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from qvm_virtio_net import link, peer, spec
+from qvm_virtio_net import link, peer, receiver, spec
 from qvm_virtio_net.device import VirtioNet
 from qvm_virtio_net.hello import VERSION, Hello, decode, encode, refusal, warnings
 from qvm_virtio_net.testing import Guest, ethernet
 
 from qvmcore.api import HostError
+from qvmcore.testing.driver import Piece
 from qvmcore.testing.fakes import Plugged
 
 Card = Callable[..., Plugged[VirtioNet]]
@@ -185,6 +186,28 @@ def test_a_flood_is_held_back_by_the_socket(waiting: Guest, stranger_at: Strange
             sent += 1
     assert waiting.command(spec.CTRL_RX, spec.CTRL_RX_PROMISC, b"\1"), "the card still answers"
     until(lambda: waiting.stats.rx_no_buffer == sent)
+
+
+def test_frames_held_back_are_let_go_when_the_other_end_vanishes(
+    waiting: Guest, stranger_at: Strangers, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiver, "PATIENCE", 600.0)
+    stranger = stranger_at()
+    until(lambda: waiting.link_up)
+    ring = waiting.tx
+    piece = Piece(waiting.driver.ram.put(bytes(12) + ethernet(payload=bytes(1400))), 12 + 1414)
+    for _ in range(1000):
+        while ring.in_flight < ring.size - 1:
+            ring.add_pieces([piece], [])
+        ring.kick()
+        waiting.device.settle()
+        if not ring.reap():
+            break
+    else:
+        pytest.fail("the socket takes everything")
+    stranger.socket.close()
+    until(lambda: ring.reap() is not None and not ring.in_flight)
+    assert waiting.stats.tx_no_link
 
 
 def test_the_socket_is_the_users_own(waiting: Guest, tmp_path: Path) -> None:

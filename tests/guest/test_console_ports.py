@@ -94,16 +94,22 @@ def test_a_port_nobody_reads_holds_back_neither_the_console_nor_the_others(
         FIND
         + """
 echo ready
-(seq 1000000 >$(port chat)) &
+(seq 200000 >$(port chat)) &
 echo go >$(port pipe)
-i=0; while [ $i -lt 20 ]; do echo line $i; echo line $i >>$(port log); i=$((i + 1)); sleep 0.05; done
+i=0; while [ $i -lt 60 ]; do echo line $i; echo line $i >$(port log); i=$((i + 1)); sleep 0.1; done
+wait
 """,
     )
     vm.expect("ready")
     client = _client(files / "chat")
-    vm.expect("line 19\n", 60)
+    # Longer than a console would wait for a receiver: a port loses nothing.
+    vm.expect("line 59\n", 60)
+    before = (files / "log.txt").read_text()
+    expected = b"".join(b"%d\n" % n for n in range(1, 200_001))
+    assert client.makefile("rb").read(len(expected)) == expected
     assert vm.wait() == 0
-    assert (files / "log.txt").read_text() == "".join(f"line {n}\n" for n in range(20))
+    assert before.startswith("line 0\n") and "line 50\n" in before
+    assert (files / "log.txt").read_text() == "".join(f"line {n}\n" for n in range(60))
     client.close()
 
 

@@ -101,7 +101,8 @@ def layout_of(
     lines = []
     if pci and board.pci is not None:
         rows += _pci_rows(board.pci)
-        lines += _pci_lines(board.pci, vdevs)
+        known = [spec for spec in vdevs if spec.type in classes and classes[spec.type].irqs]
+        lines += _pci_lines(board.pci, known)
     for spec in vdevs:
         cls = classes.get(spec.type)
         if cls is None or spec.pci is not None:
@@ -130,7 +131,7 @@ def _pci_rows(pci: PciHost) -> list[MemoryRow]:
 
 
 def _pci_lines(pci: PciHost, vdevs: Sequence[VdevSpec]) -> list[InterruptRow]:
-    """One row per line: automatic ones are shared, those of an ``intr`` are not."""
+    """One row per line of vdevs with interrupts: automatic ones are shared, those of an ``intr`` are not."""
     rows, shared = [], dict[IntrSpec, list[VdevSpec]]()
     own = {spec.pci.device for spec in vdevs if spec.pci is not None and spec.intr is not None}
     for spec in vdevs:

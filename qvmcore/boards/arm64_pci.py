@@ -36,14 +36,15 @@ def describe_pci(root: Node, gic: Node, pci: PciHost, vdevs: Sequence[VdevSpec])
         ranges += [space, *_two(start), *_two(start), *_two(length)]
     node.set_cells("ranges", *ranges)
     node.set_cells("msi-parent", _msi_frame(gic, pci).phandle())
-    node.set_cells("#interrupt-cells", 1)
-    node.set_cells("interrupt-map-mask", 31 << _DEVICE_SHIFT, 0, 0, 7)
     routes: list[int] = []
     for device, intr in sorted(pci_routes(pci, vdevs).items()):
         # The controller has two address cells, because of its child; they say nothing here.
         parent = [gic.phandle(), 0, 0, _SPI, intr.number - _FIRST_SPI, _LEVEL_HIGH]
         routes += [device << _DEVICE_SHIFT, 0, 0, _PIN_A, *parent]
-    node.set_cells("interrupt-map", *routes)
+    if routes:
+        node.set_cells("#interrupt-cells", 1)
+        node.set_cells("interrupt-map-mask", 31 << _DEVICE_SHIFT, 0, 0, 7)
+        node.set_cells("interrupt-map", *routes)
 
 
 def _msi_frame(gic: Node, pci: PciHost) -> Node:
@@ -51,7 +52,7 @@ def _msi_frame(gic: Node, pci: PciHost) -> Node:
     gic.set_cells("#address-cells", 2)
     gic.set_cells("#size-cells", 2)
     gic.set_flag("ranges")
-    frame = gic.child(f"msi-controller@{pci.msi.base:x}")
+    frame = gic.child(f"v2m@{pci.msi.base:x}")
     frame.set_string("compatible", "arm,gic-v2m-frame")
     frame.set_flag("msi-controller")
     frame.set_cells64("reg", pci.msi.base, pci.msi.size)

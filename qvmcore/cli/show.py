@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,9 @@ from qvmcore.cli.params import as_json, logging_options, vm_files
 from qvmcore.cli.state import State
 from qvmcore.options import format_size
 
+if TYPE_CHECKING:
+    from qvmcore.pci_tree import PciRow
+
 
 @click.command()
 @vm_files
@@ -19,7 +22,7 @@ from qvmcore.options import format_size
 @logging_options
 @click.pass_obj
 def show(state: State, files: tuple[Path, ...], overrides: tuple[str, ...], json_output: bool) -> None:
-    """Show the machine of a VM file: memory map, interrupt map, vdevs with their packages.
+    """Show the machine of a VM file: memory map, interrupt map, PCI bus, vdevs with their packages.
 
     \b
     qvm show vm.toml
@@ -37,11 +40,17 @@ def show(state: State, files: tuple[Path, ...], overrides: tuple[str, ...], json
     print_table("Memory map", ["first", "last", "size", "kind", "owner"], memory)
     interrupts = [[row["intr"], row["trigger"], row["owner"]] for row in machine["interrupts"]]
     print_table("Interrupt map", ["interrupt", "trigger", "vdev"], interrupts)
+    if machine["pci"]:
+        functions = [
+            [row["address"], row["ids"], row["class"], row["subsystem"], ", ".join(row["bars"]), row["owner"]]
+            for row in machine["pci"]
+        ]
+        print_table("PCI bus 0", ["address", "ids", "class", "subsystem", "BARs", "vdev"], functions)
     vdevs = [
         [
             row["name"],
             row["type"],
-            "" if row["loc"] is None else f"{row['loc']:#x}",
+            row["pci"] or ("" if row["loc"] is None else f"{row['loc']:#x}"),
             row["intr"] or "",
             f"{row['distribution']} {row['version']}",
             "the board" if row["implicit"] else row["source"],
@@ -55,6 +64,7 @@ def _describe(state: State, files: tuple[Path, ...], overrides: tuple[str, ...])
     """The machine as JSON-able values; addresses and sizes in bytes."""
     from qvmcore import boards
     from qvmcore.layout import layout
+    from qvmcore.pci_tree import pci_tree
 
     spec = state.compose(files, overrides)
     entries = state.host.vdev_types()
@@ -78,11 +88,13 @@ def _describe(state: State, files: tuple[Path, ...], overrides: tuple[str, ...])
         "interrupts": [
             {"intr": str(row.intr), "trigger": row.trigger, "owner": row.owner} for row in machine.interrupts
         ],
+        "pci": [_function(row) for row in pci_tree(spec, classes)],
         "vdevs": [
             {
                 "name": vdev.name,
                 "type": vdev.type,
                 "loc": vdev.loc,
+                "pci": str(vdev.pci) if vdev.pci else None,
                 "intr": str(vdev.intr) if vdev.intr else None,
                 "on_fault": vdev.on_fault,
                 "implicit": vdev.implicit,
@@ -92,4 +104,17 @@ def _describe(state: State, files: tuple[Path, ...], overrides: tuple[str, ...])
             }
             for vdev in spec.vdevs
         ],
+    }
+
+
+def _function(row: PciRow) -> dict[str, Any]:
+    """One PCI function as lspci would name it; what only the start decides is a question mark."""
+    who, code = row.identity, row.class_code
+    return {
+        "address": str(row.address),
+        "ids": f"{who.vendor:04x}:{who.device:04x}" if who else "?",
+        "class": "/".join(f"{code >> shift & 0xFF:02x}" for shift in (16, 8, 0)) if code is not None else "?",
+        "subsystem": f"{who.subsystem_vendor:04x}:{who.subsystem:04x}" if who else "?",
+        "bars": [str(bar) for bar in row.bars],
+        "owner": row.owner,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from qvmcore import boards
 from qvmcore.boards import DescribedVdev, Placement
-from qvmcore.types import IntrSpec, LoadSpec, MachineSpec, MemorySpec, VdevSpec
+from qvmcore.types import IntrSpec, LoadSpec, MachineSpec, MemorySpec, PciAddress, VdevSpec
 from tests.unit.vmfiles import CLASSES
 
 BOARD = boards.get("arm64-virt")
@@ -109,16 +110,72 @@ def test_nothing_dangles_without_a_serial_port() -> None:
     assert not dt.get_node("/chosen").exist_property("stdout-path")
 
 
-def _blob(folder: Path) -> Path:
-    spec, vdevs = machine(cpus=2)
+def with_pci(*functions: VdevSpec, **changes: Any) -> tuple[MachineSpec, list[DescribedVdev]]:
+    """The machine with these vdevs on PCI besides the others."""
+    spec, vdevs = machine(pci=True, **changes)
+    described = [DescribedVdev(each, CLASSES["disk"](None, None)) for each in functions]  # type: ignore[arg-type]
+    return replace(spec, vdevs=(*spec.vdevs, *functions)), [*vdevs, *described]
+
+
+FUNCTIONS = (
+    VdevSpec("disk", "disk1", pci=PciAddress(1)),
+    VdevSpec("disk", "disk6", pci=PciAddress(6)),
+    VdevSpec("disk", "disk61", pci=PciAddress(6, 1), intr=IntrSpec("gic", 50)),
+    VdevSpec("disk", "disk31", pci=PciAddress(31)),
+)
+
+
+def test_without_pci_there_is_no_host_and_no_frame() -> None:
+    dt = tree()
+    assert not dt.exist_node("/pcie@10000000")
+    assert cells(dt.get_node("/interrupt-controller@8000000"), "#address-cells") == [0]
+
+
+def test_the_pci_host() -> None:
+    dt = fdt.parse_dtb(BOARD.build_fdt(*with_pci(*FUNCTIONS)))
+    host = dt.get_node("/pcie@10000000")
+    assert cells(host, "reg") == [0, 0x10000000, 0, 0x100000]
+    assert cells(host, "bus-range") == [0, 0]
+    assert cells(host, "ranges") == [
+        0x02000000, 0, 0x20000000, 0, 0x20000000, 0, 0x1F000000,
+        0x03000000, 0x80, 0, 0x80, 0, 0x80, 0,
+    ]  # fmt: skip
+    assert host.exist_property("dma-coherent")
+    frame = dt.get_node("/interrupt-controller@8000000/v2m@8020000")
+    assert cells(host, "msi-parent") == cells(frame, "phandle")
+    assert cells(frame, "reg") == [0, 0x8020000, 0, 0x1000]
+    # A PCI function has no node of its own.
+    assert [node.name for node in dt.root.nodes if "virtio" in node.name] == ["virtio@1c0d0000"]
+
+
+def test_interrupts_of_pci_devices_are_swizzled_or_as_given() -> None:
+    dt = fdt.parse_dtb(BOARD.build_fdt(*with_pci(*FUNCTIONS)))
+    gic = cells(dt.get_node("/interrupt-controller@8000000"), "phandle")[0]
+    host = dt.get_node("/pcie@10000000")
+    assert cells(host, "interrupt-map-mask") == [0xF800, 0, 0, 7]
+    # Device, pin A -> SPI, level. gic:36 is SPI 4, gic:50 is SPI 18, gic:38 is SPI 6.
+    assert cells(host, "interrupt-map") == [
+        0x0800, 0, 0, 1, gic, 0, 0, 0, 4, 4,
+        0x3000, 0, 0, 1, gic, 0, 0, 0, 18, 4,
+        0xF800, 0, 0, 1, gic, 0, 0, 0, 6, 4,
+    ]  # fmt: skip
+
+
+def _blob(folder: Path, functions: tuple[VdevSpec, ...] | None = None) -> Path:
+    spec, vdevs = machine(cpus=2) if functions is None else with_pci(*functions)
     path = folder / "vm.dtb"
     path.write_bytes(BOARD.build_fdt(spec, vdevs, Placement(0, 0, 0, (0x44000000, 0x44001234))))
     return path
 
 
+#: Without PCI, with a bus that is empty, and with functions on it.
+TREES = pytest.mark.parametrize("functions", [None, (), FUNCTIONS], ids=["no-pci", "empty-bus", "functions"])
+
+
 @pytest.mark.skipif(not shutil.which("dtc"), reason="dtc is missing: apt-get install device-tree-compiler")
-def test_dtc_has_no_warning(tmp_path: Path) -> None:
-    command = ["dtc", "-I", "dtb", "-O", "dts", "-o", "/dev/null", str(_blob(tmp_path))]
+@TREES
+def test_dtc_has_no_warning(tmp_path: Path, functions: tuple[VdevSpec, ...] | None) -> None:
+    command = ["dtc", "-I", "dtb", "-O", "dts", "-o", "/dev/null", str(_blob(tmp_path, functions))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -132,8 +189,9 @@ def _dtschema(blob: Path) -> str:
     return done.stdout + done.stderr
 
 
-def test_dtschema_has_no_complaint(tmp_path: Path) -> None:
-    assert _dtschema(_blob(tmp_path)) == ""
+@TREES
+def test_dtschema_has_no_complaint(tmp_path: Path, functions: tuple[VdevSpec, ...] | None) -> None:
+    assert _dtschema(_blob(tmp_path, functions)) == ""
 
 
 def test_dtschema_would_complain(tmp_path: Path) -> None:

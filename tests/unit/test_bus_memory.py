@@ -55,6 +55,25 @@ def test_overlap_is_refused_and_names_both() -> None:
         bus.insert(0x9000, Window(0x100), device.handler, "late")
 
 
+def test_windows_may_come_and_go_after_the_freeze() -> None:
+    bus, fixed, device = AddressSpace(), Recorder(), Recorder()
+    bus.insert(0x1000, Window(0x100), fixed.handler, "fixed")
+    bus.freeze()
+    placed = bus.place(0x1100, Window(0x100), device.handler, "bar")
+    bus.write(0x1100, 4, 1)
+    with pytest.raises(ValueError, match=r"bar2: \[0x11ff, 0x12ff\) overlaps bar at"):
+        bus.place(0x11FF, Window(0x100), device.handler, "bar2")
+    bus.remove(placed)
+    bus.remove(placed)
+    bus.write(0x1100, 4, 2)
+    again = bus.place(0x2000, Window(0x100), device.handler, "bar")
+    bus.write(0x2004, 4, 3)
+    bus.write(0x1000, 4, 4)
+    assert (device.seen, fixed.seen) == ([(0, 4, 1), (4, 4, 3)], [(0, 4, 4)])
+    assert [mapped.owner for mapped in bus] == ["fixed", "bar"]
+    assert again.end == 0x2100
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(1, 4096)), max_size=30), st.integers(0, 1 << 20)
 )

@@ -204,12 +204,14 @@ def test_show(run: Run) -> None:
 def test_show_json(run: Run) -> None:
     data = json.loads(run("show", "vm.toml", "--json").out)
     assert data["vdevs"][2] == {
-        "name": "disk0", "type": "disk", "loc": 0x1C0D0000, "intr": "gic:41", "on_fault": "isolate",
+        "name": "disk0", "type": "disk", "loc": 0x1C0D0000, "pci": None, "intr": "gic:41",
+        "on_fault": "isolate",
         "implicit": False, "distribution": "qvm-fake", "version": "1.2", "source": "vm.toml:6",
     }  # fmt: skip
     ram = {"start": 0x40000000, "end": 0x44000000, "size": 64 << 20, "kind": "ram", "owner": "ram"}
     assert ram in data["memory"]
     assert {"intr": "gic:41", "trigger": "edge", "owner": "disk0"} in data["interrupts"]
+    assert data["pci"] == []
 
 
 def test_plugins(run: Run, site: Path) -> None:

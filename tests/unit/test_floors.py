@@ -27,6 +27,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "layout",
             "bind",
             "bind_pci",
+            "pci_tree",
             "slot",
             "boards",
             "fdt",

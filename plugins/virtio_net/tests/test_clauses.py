@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from qvm_virtio_net import device as device_module
 from qvm_virtio_net import offload, spec
 from qvm_virtio_net.device import VirtioNet
+from qvm_virtio_net.hostdev import NoCable
 from qvm_virtio_net.testing import MAC_A, MAC_B, PLAIN, Guest, ethernet, header
 
 from qvmcore.api import ConfigError
@@ -49,6 +51,39 @@ def test_5_1_4_1_mtu_is_what_was_configured_and_never_changes(card: Card, mtu: i
 def test_5_1_4_1_an_mtu_out_of_range_is_refused(mtu: int) -> None:
     with pytest.raises(ConfigError, match="mtu"):
         plug(VirtioNet, none=True, mtu=mtu)
+
+
+class Cables(NoCable):
+    """A hostdev with several queues, as a tap: ``pairs`` are those it was told to spread over."""
+
+    pairs = 0
+
+    def set_pairs(self, pairs: int) -> bool:
+        """Taken down."""
+        self.pairs = pairs
+        return True
+
+
+@pytest.fixture
+def cables(monkeypatch: pytest.MonkeyPatch) -> Cables:
+    """What the next card is plugged into, whatever its options say."""
+    cables = Cables()
+    monkeypatch.setattr(device_module, "make_hostdev", lambda *_: cables)
+    return cables
+
+
+@pytest.mark.parametrize("queues", [2, 8])
+def test_5_1_4_1_max_virtqueue_pairs(card: Card, cables: Cables, queues: int) -> None:
+    guest = Guest(card(tap="tq0", queues=queues))
+    assert guest.driver.features & spec.F_MQ
+    assert guest.driver.config(8, 2) == queues
+    assert len(guest.driver.queues) == 2 * queues + 1
+
+
+@pytest.mark.parametrize("queues", [0, 9, 0x8001])
+def test_5_1_4_1_a_number_of_queues_out_of_range_is_refused(queues: int) -> None:
+    with pytest.raises(ConfigError, match="queues"):
+        plug(VirtioNet, tap="tq0", queues=queues)
 
 
 # ---- transmission, 5.1.9.2.2 -----------------------------------------------------------------------
@@ -219,3 +254,14 @@ def test_5_1_9_5_4_2_the_announce_bit_is_clear_before_its_acknowledgement_is_use
     seen = when_used(lambda: guest.status & spec.S_ANNOUNCE)
     assert guest.command(spec.CTRL_ANNOUNCE, spec.CTRL_ANNOUNCE_ACK)
     assert seen == [0]
+
+
+def test_5_1_9_5_6_2_a_reset_goes_back_to_the_first_pair(card: Card, cables: Cables) -> None:
+    guest = Guest(card(tap="tq0", queues=4))
+    for pairs in (3, 4):
+        assert guest.command(spec.CTRL_MQ, spec.CTRL_MQ_VQ_PAIRS_SET, struct.pack("<H", pairs))
+        assert cables.pairs == pairs
+        guest.driver.reset()
+        assert cables.pairs == 1
+        guest = Guest(guest.device)
+        assert cables.pairs == 1

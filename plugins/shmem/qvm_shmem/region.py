@@ -51,9 +51,10 @@ class Store:
             with self._locked():
                 for held in directory.glob("*.held"):
                     self._sweep(held)
-        except Refused:
-            # Somebody is busy with it; what is stale stays until the next start.
-            pass
+        except Refused as refused:
+            # Somebody is busy with it: what is stale stays until the next start.
+            if isinstance(refused.__cause__, OSError):
+                raise HostError.from_os("use", directory, refused.__cause__) from refused
 
     def attach(self, name: str, pages: int | None) -> Region:
         """The region, created with ``pages`` when there is none; None only finds. Raises Refused."""
@@ -119,7 +120,10 @@ class Store:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        fd = os.open(self._directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fd = os.open(self._directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise Refused(Status.UNKNOWN_FAILURE) from error
         try:
             deadline = time.monotonic() + LOCK_SECONDS
             while not _try_lock(fd, fcntl.LOCK_EX):

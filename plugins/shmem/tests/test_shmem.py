@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -348,6 +349,26 @@ def test_a_process_that_sits_on_the_lock_only_makes_the_attempt_fail(
     with region.Store(directory).locked():
         assert guest.attach(b"moo") == 0 and guest.status is Status.UNKNOWN_FAILURE
     assert guest.attach(b"moo")
+
+
+def test_a_directory_that_vanishes_fails_attempts_only(boot: Boot, directory: Path) -> None:
+    guest = boot()
+    control = guest.attach(b"moo")
+    shutil.rmtree(directory)
+    guest.store(control + PAGE, 5)
+    assert guest.load(control + PAGE) == 5
+    assert guest.attach(b"other") == 0 and guest.status is Status.UNKNOWN_FAILURE
+    guest.store(control + NOTIFY, EVERYONE)
+    guest.store(control + DETACH, 1)
+    assert not guest.device.ctx.faults
+    assert {result.verdict for result in guest.device.terminate()} == {"ok"}
+
+
+def test_a_lock_that_cannot_be_opened_refuses_the_start(boot: Boot, directory: Path) -> None:
+    directory.mkdir(mode=0o700)
+    (directory / ".lock").mkdir()
+    with pytest.raises(HostError, match=r"cannot use .*regions: Is a directory"):
+        boot()
 
 
 def test_a_directory_others_can_write_to_is_refused(boot: Boot, directory: Path) -> None:

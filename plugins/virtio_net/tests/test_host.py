@@ -153,6 +153,9 @@ def test_5_1_6_5_5_tap_with_two_queue_pairs(card: Card, tun: None) -> None:
         lambda f: f[12:14] == b"\x08\x00" and f[23] == 6 and f[47] & 0x04 == 0x04,
     )
     assert guest.command(*pairs, b"\1\0")
+    # A detached descriptor reports an error for ever: nobody may wait for it.
+    host_side = device.vdev._host
+    assert isinstance(host_side, tap.Tap) and [i._read for i in host_side._interests] == [True, False]
     # 5.1.2: without MQ the third queue is the control queue, and all is on the first pair again.
     guest = Guest(device, 1 << 32 | spec.F_CTRL_VQ | spec.F_CTRL_RX | spec.F_MRG_RXBUF)
     guest.control = guest.driver.queues[2]

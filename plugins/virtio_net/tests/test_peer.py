@@ -194,6 +194,7 @@ def test_frames_held_back_are_let_go_when_the_other_end_vanishes(
     monkeypatch.setattr(receiver, "PATIENCE", 600.0)
     stranger = stranger_at()
     until(lambda: waiting.link_up)
+    waiting.offer(2000)
     ring = waiting.tx
     piece = Piece(waiting.driver.ram.put(bytes(12) + ethernet(payload=bytes(1400))), 12 + 1414)
     for _ in range(1000):

@@ -45,7 +45,7 @@ class VirtioVdev(Vdev):
     #: Whether VIRTIO_F_IN_ORDER is offered. Drivers that accept it get every chain back in the order
     #: they offered it, whatever the order of ``push``: clear it when one slow request would hold
     #: back many that are done.
-    in_order: ClassVar[bool] = True
+    in_order: bool = True
 
     # 4.2.1: the suggested binding gives a device 512 bytes; 8-byte accesses are never right (4.2.2.2).
     windows = (Window(0x200, access=frozenset({1, 2, 4})),)

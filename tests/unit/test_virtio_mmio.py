@@ -315,6 +315,34 @@ def test_4_2_3_2_any_power_of_two_up_to_the_maximum_works(
         assert driver.queues[0].reap() == [request]
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 33, 63, 64])
+def test_2_8_10_1_a_packed_queue_has_any_size_up_to_the_maximum(
+    echo: Plugged[Echo], driver: MmioDriver, size: int
+) -> None:
+    driver.packed = True
+    driver.start(sizes=[size, 16])
+    for number in range(70):
+        mark = driver.ram.mark()
+        request = driver.queues[0].submit([bytes([number])]) if size == 1 else None
+        if size > 1:
+            roundtrip(echo, driver)
+        echo.settle()
+        assert driver.queues[0].reap() == ([request] if request else [])
+        driver.ram.release(mark)
+    assert not driver.needs_reset
+
+
+@pytest.mark.parametrize("size", [0, 65, 0x8000, 0xFFFFFFFF])
+def test_2_8_an_illegal_packed_queue_size_leaves_the_queue_off(driver: MmioDriver, size: int) -> None:
+    driver.packed = True
+    driver.negotiate()
+    driver.select_queue(0)
+    driver.place(size, 0x8000_0000, 0x8000_1000, 0x8000_2000)
+    driver.enable_queue()
+    assert not driver.queue_ready
+    assert driver.needs_reset
+
+
 @pytest.mark.parametrize(
     ("desc", "avail", "used"),
     [

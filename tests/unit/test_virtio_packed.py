@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from qvmcore.errors import BadDescriptorChain, GuestMemoryError
@@ -662,3 +664,68 @@ def test_2_9_reached_is_offset_and_wrap_counter() -> None:
         assert not bench.queue.reached(bench.driver.position)
         bench.serve()
         bench.driver.reap()
+
+
+@pytest.mark.parametrize("size", [1000, 1024])
+def test_queues_of_the_largest_size_fill_and_empty(size: int) -> None:
+    bench = Bench(EVENT_IDX, size=size)
+    for _ in range(3):
+        requests = [bench.driver.add([bytes([n & 255])]) for n in range(size - 7)]
+        bench.driver.publish()
+        assert bench.queue.pending == size - 7
+        assert bench.serve() == size - 7
+        assert bench.driver.reap() == requests
+    request = bench.driver.submit([b"x"] * size)
+    assert bench.popped().readable == size
+    assert request.readable
+
+
+# ---- a guest that changes its mind, between two loads ------------------------------------------------
+
+
+class Racing:
+    """Ring state that the guest changes as soon as it has been loaded once; counts the loads."""
+
+    def __init__(self, cells: memoryview, change: Callable[[], None]) -> None:
+        self.cells = cells
+        self.change = change
+        self.loads: list[int] = []
+
+    def __getitem__(self, index: int) -> int:
+        value: int = self.cells[index]
+        self.loads.append(index)
+        self.change()
+        return value
+
+
+@pytest.mark.parametrize("changed", [0, NEXT | AVAIL, IND | AVAIL, AVAIL, USED])
+def test_the_flags_that_were_checked_are_the_flags_that_are_used(changed: int) -> None:
+    bench = Bench()
+    bench.chain((RAM, 16, WRITE))
+    racing = Racing(bench.queue._flags, lambda: bench.driver.write_slot(0, RAM, 16, 5, changed))
+    bench.queue._flags = racing  # type: ignore[assignment]
+    chain = bench.popped()
+    assert (chain.readable, chain.writable) == (0, 16)
+    assert racing.loads == [0]
+
+
+def test_a_descriptor_is_not_loaded_before_it_is_seen_to_be_available() -> None:
+    """Its flags become right while the device looks: what was in it before must not count."""
+    bench = Bench()
+    bench.driver.write_slot(0, 0xDEAD_0000, 99, 0, AVAIL)
+    racing = Racing(bench.queue._flags, lambda: bench.driver.write_slot(0, RAM, 16, 5, AVAIL))
+    bench.queue._flags = racing  # type: ignore[assignment]
+    chain = bench.popped()
+    assert (chain.readable, chain.head) == (16, 5)
+
+
+@pytest.mark.parametrize("flags", [ENABLE, DISABLE, DESC])
+def test_the_driver_event_is_loaded_once(flags: int) -> None:
+    bench = Bench(EVENT_IDX)
+    bench.driver.write_event(0x8000, flags)
+    racing = Racing(bench.queue._driver_event, lambda: bench.driver.write_event(7, (flags + 1) % 3))
+    bench.queue._driver_event = racing  # type: ignore[assignment]
+    bench.driver.submit([b"x"])
+    bench.serve()
+    assert racing.loads == [0]
+    assert bench.interrupts == (flags != DISABLE)

@@ -4,8 +4,9 @@
 Same kernel, initramfs, image, one emulated CPU (cortex-a72, TCG in QEMU) and 256 MiB; the runs take
 turns. All I/O is direct (O_DIRECT): `dd` with blocks of 1 MiB for throughput, and a program of 32
 instructions that reads or writes 4 KiB blocks all over the disk, one at a time, for requests per
-second. The clock is the host's, between two lines of the guest on its PL011; beside it the rates per second of CPU time, which a busy machine changes less.
-Medians and their ratios; the host's page cache holds the image in all of them.
+second. The clock is the host's, between two lines of the guest on its PL011; beside it stand the
+rates per second of CPU time, which other work on the machine changes less. Medians and their ratios;
+the host's page cache holds the image in all of them.
 
     python tests/bench/guest_io.py [--runs 5] [--json] [--no-qemu]
 """

@@ -135,7 +135,7 @@ class Link:
             self.lost(error)
             return
         # libnbd tries one address after the other: another socket may have got the same number.
-        if self._watched >= 0 and (self._watched != fd or self.connection is None):
+        if self._watched >= 0 and self._watched != fd:
             self._worker.unwatch(self._watched)
         self._watched = fd
         self._worker.watch(

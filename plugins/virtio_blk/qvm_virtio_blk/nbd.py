@@ -283,6 +283,8 @@ def _start(connection: Connection, operation: Operation) -> int:
     Raises OSError.
     """
     kind = operation.kind
+    if kind in (spec.T_IN, spec.T_OUT) and not operation.length:
+        return 0
     if kind == spec.T_IN:
         return connection.read(operation.buffer, operation.offset)
     if kind == spec.T_OUT:

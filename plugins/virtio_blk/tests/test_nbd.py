@@ -101,9 +101,10 @@ def test_every_request(remote: RemoteGuest, image: Path) -> None:
     assert remote.read(12) == (OK, bytes([12]) * 512)
     assert remote.ranges(DISCARD, segment(32, 64)) == OK
     assert remote.io([header(77)], [1])[0] == UNSUPP
+    assert remote.read(0, 0) == (OK, b"") and remote.write(0, b"") == OK
     assert remote.alive()
     names = ("reads", "writes", "flushes", "discards", "write_zeroes", "in_flight")
-    assert [remote.status(name) for name in names] == [5, 1, 1, 1, 1, 0]
+    assert [remote.status(name) for name in names] == [6, 2, 1, 1, 1, 0]
 
 
 def test_5_2_6_2_discard_reaches_the_image_behind_the_server(disk: Disk, server: Server, image: Path) -> None:

@@ -15,10 +15,14 @@ from qvmcore.testing.samples import Echo
 from qvmcore.testing.strategies import REGISTERS
 from qvmcore.types import MemorySpec
 from qvmcore.vdev import Vdev
+from qvmcore.virtio import spec
 from tests.fuzz.bytesource import ByteSource
 
 #: Small, so that what a chain can claim by naming the same bytes often is bounded.
 RAM = (MemorySpec(0x8000_0000, 1 << 20),)
+
+_VERSION_1, _PACKED = 1 << spec.VIRTIO_F_VERSION_1, 1 << spec.VIRTIO_F_RING_PACKED
+_IN_ORDER = 1 << spec.VIRTIO_F_IN_ORDER
 
 
 @cache
@@ -153,10 +157,11 @@ class _Guest:
 
     def bring_up(self) -> None:
         """As a driver does, with any subset of what is offered. A device that refuses is reset."""
-        bits = (1 << 32) | (-1 if self._source.byte() & 3 else self._source.uint(6))
+        choice = self._source.byte() & 3
+        bits = self._source.uint(6) if choice == 3 else (-1, ~_PACKED, ~(_PACKED | _IN_ORDER))[choice]
         self._new_driver()
         try:
-            self._driver.start(bits & ((1 << 128) - 1), [16] * 64)
+            self._driver.start((bits | _VERSION_1) & ((1 << 128) - 1), [16] * 64)
         except FeaturesRefused:
             self._driver.reset()
 

@@ -88,7 +88,7 @@ def pci_function(data: bytes) -> None:
 
 
 #: Where the bus of the target decodes BARs, and a device that is no PCI function, inside of the first.
-ECAM, APERTURES = 0x1000_0000, ((0x2000_0000, 1 << 24), (0x80_0000_0000, 1 << 36))
+ECAM, APERTURES = 0x1000_0000, ((0x2000_0000, 0xF8_0800), (0x80_0000_0000, 1 << 36))
 OTHER, OTHER_WINDOW = 0x2000_8000, Window(0x1000)
 
 
@@ -116,7 +116,7 @@ def pci_bus(data: bytes) -> None:
             assert 0 <= bus.read(ECAM + offset, size) <= all_ones(size)
         elif action < 6:
             # Mostly addresses at the edges of what can be decoded.
-            value = source.pick((0, 0x2000_0000, OTHER, 0x20FF_F000, 0x80, 7, all_ones(4)))
+            value = source.pick((0, 0x2000_0000, OTHER, 0x20F8_0000, 0x80, 7, all_ones(4)))
             bus.write(ECAM + offset, size, value & all_ones(size) if action < 4 else source.value(size))
         elif action == 6:
             bus.write(source.pick((0x2000_0000, 0x2000_1000, OTHER, 1 << 39)) + source.byte(), size, 1)

@@ -111,8 +111,24 @@ def packed(data: bytes) -> None:
 def _descriptor(source: ByteSource) -> bytes:
     """Address and length: in memory, an indirect table, read-only memory, or anywhere."""
     where = source.byte()
-    address = (START + source.uint(2), INDIRECT, ROM.start + 8, source.value(8))[where & 3]
-    length = (source.byte(), 16 * (1 + source.byte() % 10), 0xFFFF, source.value(4))[where >> 2 & 3]
+    match where & 3:
+        case 0:
+            address = START + source.uint(2)
+        case 1:
+            address = INDIRECT
+        case 2:
+            address = ROM.start + 8
+        case _:
+            address = source.value(8)
+    match where >> 2 & 3:
+        case 0:
+            length = source.byte()
+        case 1:
+            length = 16 * (1 + source.byte() % 10)
+        case 2:
+            length = 0xFFFF
+        case _:
+            length = source.value(4)
     return struct.pack("<QI", address, length)
 
 
@@ -189,7 +205,8 @@ def _cut(data: bytes | bytearray, source: ByteSource) -> list[memoryview]:
     """``data`` in pieces: a guest may cut a request anywhere."""
     view, pieces = memoryview(data), []
     while len(view):
-        size = (16, len(view), len(view) - 1, source.byte())[source.byte() & 3]
+        choice = source.byte() & 3
+        size = source.byte() if choice == 3 else (16, len(view), len(view) - 1)[choice]
         size = min(max(1, size), len(view))
         pieces.append(view[:size])
         view = view[size:]

@@ -18,7 +18,8 @@ from tests.fuzz.targets import CORPUS, TARGETS, kept
 #: Runs of a target beside the kept inputs: of Hypothesis, and of mutations of what is kept.
 EXAMPLES, MUTATIONS = 300, 300
 #: Starting a device costs milliseconds, not microseconds.
-SLOW_EXAMPLES, SLOW_MUTATIONS = 80, 80
+SLOW_EXAMPLES, SLOW_MUTATIONS = 40, 40
+SLOW = {name for name in TARGETS if name.startswith("virtio-")} | {"net-peer", "pl011", "pl061", "shmem"}
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -35,7 +36,7 @@ def test_what_was_found_or_is_known_stays_right(name: str) -> None:
 @pytest.mark.parametrize("name", TARGETS)
 def test_nothing_new_is_found_soon(name: str) -> None:
     """The same inputs each time: what a longer run finds is kept in the corpus instead."""
-    target, slow = TARGETS[name], name.startswith("virtio-")
+    target, slow = TARGETS[name], name in SLOW
 
     @settings(
         max_examples=SLOW_EXAMPLES if slow else EXAMPLES,

@@ -21,6 +21,9 @@ RETRY = 0.5
 #: Seconds an attempt may take.
 CONNECT_TIMEOUT = 5.0
 
+#: Replies taken in a row before others get their turn.
+_TURN = 64
+
 
 class Owner(Protocol):
     """Who uses a link."""
@@ -31,8 +34,8 @@ class Owner(Protocol):
     def link_up(self, connection: Connection) -> None:
         """Commands may be given from here on."""
 
-    def link_moved(self, connection: Connection) -> None:
-        """Commands may have come back."""
+    def link_moved(self, connection: Connection) -> bool:
+        """Commands may have come back; whether any did."""
 
     def link_down(self) -> None:
         """No command comes back any more; ``connection`` is None from here on."""
@@ -135,7 +138,7 @@ class Link:
             self.lost(error)
             return
         # libnbd tries one address after the other: another socket may have got the same number.
-        if self._watched >= 0 and self._watched != fd:
+        if self._watched >= 0 and (self._watched != fd or self.connection is None):
             self._worker.unwatch(self._watched)
         self._watched = fd
         self._worker.watch(
@@ -187,11 +190,13 @@ class Link:
         if current is None:
             return
         try:
-            current.notify(readable, writable)
-            if current.ready and self.connection is None:
-                self._greeted(current)
-            if self.connection is not None:
-                self._owner.link_moved(self.connection)
+            for _ in range(_TURN):
+                current.notify(readable, writable)
+                if current.ready and self.connection is None:
+                    self._greeted(current)
+                # One notification is one reply; where there was one, there may be more.
+                if self.connection is None or not self._owner.link_moved(self.connection):
+                    break
             if current.dead:
                 raise ConnectionError("the server closed the connection")
         except OSError as error:

@@ -187,7 +187,7 @@ def test_6_7_the_chain_has_msix_first_and_dword_alignment() -> None:
 
 def test_a_capability_window_answers_accesses_that_lie_inside() -> None:
     log = Log()
-    cap = Capability(spec.CAP_VENDOR, bytes(18), bytes(18), ConfigWindow(16, 4, log.handler))
+    cap = Capability(spec.CAP_VENDOR, bytes(18), bytes(12) + b"\xff" * 6, ConfigWindow(16, 4, log.handler))
     device = function(capabilities=[cap])
     at = device.offset_of(cap) + 16
     assert [device.config_read(at, 4), device.config_read(at + 3, 1)] == [0xA5A5A5A5, 0xA5]
@@ -195,7 +195,7 @@ def test_a_capability_window_answers_accesses_that_lie_inside() -> None:
     assert (log.reads, log.writes) == ([(0, 4), (3, 1)], [(2, 2, 0x1234)])
     # An access over its edge is one to stored bytes, of which the window has none.
     device.config_write(at - 2, 4, 0xFFFFFFFF)
-    assert device.config_read(at - 2, 4) == 0
+    assert device.config_read(at - 2, 4) == 0xFFFF
     assert len(log.reads + log.writes) == 3
 
 

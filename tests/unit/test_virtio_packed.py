@@ -200,6 +200,20 @@ def test_2_8_17_a_chain_over_descriptors_in_flight_is_refused() -> None:
     bench.refused(f"chain longer than the {SIZE - 3} free descriptors")
 
 
+def test_2_8_17_a_chain_into_descriptors_in_flight_is_refused_in_the_second_round_too() -> None:
+    bench = Bench()
+    for number in range(SIZE + 1):
+        bench.driver.submit([b"x"])
+        chain = bench.popped()
+        if number < 3:
+            bench.queue.push(chain)
+            bench.driver.reap()
+        bench.queue.notify()
+    for slot in range(1, SIZE):
+        bench.driver.write_slot(slot, RAM, 16, 0, NEXT | USED)
+    bench.refused("descriptor 1: chain longer than the 2 free descriptors")
+
+
 def test_2_8_17_offering_what_is_in_flight_is_refused() -> None:
     bench = Bench()
     for _ in range(SIZE):

@@ -8,6 +8,7 @@ from qvmcore.testing.abuse import VirtioAbuse
 from qvmcore.testing.conformance import MmioConformance, TerminationConformance, VirtioConformance
 from qvmcore.testing.driver import VirtioDriver
 from qvmcore.testing.fakes import Plugged, plug
+from qvmcore.testing.pci import PciConformance
 from qvmcore.testing.samples import Echo
 
 
@@ -19,7 +20,7 @@ def echo_once(device: Plugged[Any], driver: VirtioDriver) -> None:
     assert request.result() == b"ping\0\0\0\0"
 
 
-class TestEcho(VirtioConformance, MmioConformance, TerminationConformance):
+class TestEcho(VirtioConformance, MmioConformance, PciConformance, TerminationConformance):
     """The contracts."""
 
     vdev_class = Echo

@@ -91,7 +91,7 @@ def _load_kernel(spec: LoadSpec, path: Path, memory: GuestMemory) -> _Kernel:
     limit = max(region.size for region in memory.regions)
     if head.startswith(_GZIP_MAGIC):
         data = decompress("gzip", _read(path, limit), limit, path)
-    elif head[:2] == b"MZ" and head[4:8] == b"zimg":
+    elif head[:2] == b"MZ" and head[4:8] == b"zimg" and len(head) >= _ZBOOT_HEADER.size:
         data = _zboot_payload(path, head, limit)
     else:
         raise _not_a_kernel(path, head, _EXPECTED)
@@ -102,7 +102,7 @@ def _load_kernel(spec: LoadSpec, path: Path, memory: GuestMemory) -> _Kernel:
 
 
 def _is_image(head: Sequence[int] | bytes) -> bool:
-    return bytes(head[56:60]) == _IMAGE_MAGIC
+    return len(head) >= _IMAGE_HEADER_SIZE and bytes(head[56:60]) == _IMAGE_MAGIC
 
 
 def _place_image(path: Path, head: bytes, memory: GuestMemory, store: Callable[[int], int]) -> _Kernel:

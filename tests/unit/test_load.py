@@ -186,6 +186,13 @@ def test_files_that_cannot_be_started(load: Loader, data: bytes, message: str) -
     assert text == message or (message.endswith(": ") and text.startswith(message))
 
 
+@pytest.mark.parametrize("size", [8, 56, 60, 63])
+def test_a_header_that_is_cut_short_is_no_header(load: Loader, size: int) -> None:
+    assert "is not a kernel" in load.error(image()[:size])
+    assert "is not a kernel" in load.error(gzip.compress(image()[:size]))
+    assert "is not a kernel" in load.error(zboot(b"")[: min(size, 55)])
+
+
 def test_a_bomb_is_never_unpacked(load: Loader) -> None:
     bomb = gzip.compress(bytes(600 * MIB), 1)
     assert len(bomb) < 4 * MIB

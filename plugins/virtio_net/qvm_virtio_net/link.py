@@ -26,19 +26,14 @@ def link_path(peer: str, base: Path) -> Path:
 
     Raises HostError when the folder is missing, or is not safe to meet in.
     """
-    if "/" in peer:
-        path = base / Path(peer).expanduser()
-        if not path.parent.is_dir():
-            raise HostError(
-                f"peer {peer!r}: there is no folder {path.parent}", hint="make it, or correct peer"
-            )
-    else:
-        path = _own_folder() / f"{peer}.link"
+    path = base / Path(peer).expanduser() if "/" in peer else _own_folder() / f"{peer}.link"
     if len(os.fsencode(path)) > LINK_PATH_MAX:
         raise HostError(
             f"peer {peer!r}: the path {path} is longer than a socket may have ({LINK_PATH_MAX})",
             hint="use a name without '/', or a shorter path",
         )
+    if not path.parent.is_dir():
+        raise HostError(f"peer {peer!r}: there is no folder {path.parent}", hint="make it, or correct peer")
     return path
 
 

@@ -146,6 +146,8 @@ def _serve(queue: Virtqueue, held: list[Chain], source: ByteSource, errors: list
                     view[:1] = b"\xaa"
             if source.byte() & 3:
                 queue.push(held.pop(source.byte() % len(held)))
+        while held and source.byte() & 1:
+            queue.push(held.pop(source.byte() % len(held)))
     except BadDescriptorChain:
         assert not dead, "a dead queue gave another error"
         assert queue.dead and len(errors) == 1

@@ -21,14 +21,13 @@ from qvm_virtio_net.buffers import cut, fill
 from qvm_virtio_net.filter import RxFilter
 from qvm_virtio_net.header import Header, Malformed
 from qvm_virtio_net.hostdev import HostDev
+from qvm_virtio_net.patience import after_patience
 from qvm_virtio_net.pcap import Capture
 from qvm_virtio_net.stats import Stats
 from qvmcore.api import BadDescriptorChain, Chain, Virtqueue, Worker
 
 #: Frames taken from the host in one go before others get a turn.
 BUDGET = 64
-#: Seconds the other side is held back for a driver without buffers, or a hostdev without room.
-PATIENCE = 1.0
 #: Views in one readv; IOV_MAX is 1024.
 _VIEWS_MAX = 1000
 #: The header, and what the filter looks at: two addresses, a VLAN tag.
@@ -225,9 +224,9 @@ class Receiver:
         self._host.pause(self._pair, True)
         if not self._timing:
             self._timing = True
-            worker.call_later(PATIENCE, self._out_of_patience)
+            after_patience(worker, self._out_of_patience)
 
-    def _out_of_patience(self) -> None:
+    def _out_of_patience(self, worker: Worker) -> None:
         self._timing = False
         if self._starving and not self._queue.dead:
             self._dropping = True

@@ -33,10 +33,8 @@ class Guest:
     """A driver that has brought a card up; ``features`` are those to accept, all if None."""
 
     def __init__(self, device: Plugged[VirtioNet], features: int | None = None) -> None:
-        from qvmcore.testing.driver import MmioDriver
-
         self.device = device
-        self.driver = MmioDriver.of(device)
+        self.driver = device.driver()
         self.driver.start(features)
         self.rx, self.tx = self.driver.queues[:2]
         self.control = self.driver.queues[-1]

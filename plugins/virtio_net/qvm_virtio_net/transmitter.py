@@ -7,9 +7,10 @@ a blocked cable does, until there is room again. Worker thread.
 
 from __future__ import annotations
 
-from qvm_virtio_net import receiver, spec
+from qvm_virtio_net import spec
 from qvm_virtio_net.buffers import cut
 from qvm_virtio_net.hostdev import HostDev, Sent
+from qvm_virtio_net.patience import after_patience
 from qvm_virtio_net.pcap import Capture
 from qvm_virtio_net.stats import Stats
 from qvmcore.api import Chain, Virtqueue, Worker
@@ -74,7 +75,7 @@ class Transmitter:
         self._blocked = True
         if not self._timing:
             self._timing = True
-            worker.call_later(receiver.PATIENCE, lambda: self._out_of_patience(worker))
+            after_patience(worker, self._out_of_patience)
 
     def _out_of_patience(self, worker: Worker) -> None:
         self._timing = False

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from qvm_virtio_net import header as headers
-from qvm_virtio_net import offload, receiver, spec
+from qvm_virtio_net import offload, patience, spec
 from qvm_virtio_net.header import Malformed
 from qvm_virtio_net.testing import MAC_A, MAC_B, Guest, ethernet, header
 
@@ -205,7 +205,7 @@ def test_back_pressure_then_drops_are_counted(
     pair: Pair, until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A driver without buffers holds the sender back; after the patience both sides drop, nothing stops."""
-    monkeypatch.setattr(receiver, "PATIENCE", 0.2)
+    monkeypatch.setattr(patience, "PATIENCE", 0.2)
     one, two = pair()
     head, frame = tcp_frame(bytes(60000))
     sent = 0
@@ -230,7 +230,7 @@ def test_back_pressure_then_drops_are_counted(
 def test_a_frame_waits_for_buffers_within_the_patience(
     pair: Pair, until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(receiver, "PATIENCE", 600.0)
+    monkeypatch.setattr(patience, "PATIENCE", 600.0)
     one, two = pair()
     for number in range(5):
         one.send(ethernet(payload=bytes([number])))

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from qvm_virtio_net import link, peer, receiver, spec
+from qvm_virtio_net import link, patience, peer, spec
 from qvm_virtio_net.device import VirtioNet
 from qvm_virtio_net.hello import VERSION, Hello, decode, encode, refusal, warnings
 from qvm_virtio_net.testing import Guest, ethernet
 
 from qvmcore.api import HostError
-from qvmcore.testing.driver import Piece
+from qvmcore.testing.driver import MmioDriver, Piece
 from qvmcore.testing.fakes import Plugged
 
 Card = Callable[..., Plugged[VirtioNet]]
@@ -89,6 +89,7 @@ def test_either_end_may_come_back(card: Card, until: Until) -> None:
     guest = guests["connector"]
     until(lambda: not guest.link_up)
     assert guest.driver.interrupt_status() & 2
+    assert isinstance(guest.driver, MmioDriver)
     guest.driver.ack()
     third = card(peer="./lan0", mac="02:00:00:00:00:0c")
     other = Guest(third)
@@ -191,7 +192,7 @@ def test_a_flood_is_held_back_by_the_socket(waiting: Guest, stranger_at: Strange
 def test_frames_held_back_are_let_go_when_the_other_end_vanishes(
     waiting: Guest, stranger_at: Strangers, until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(receiver, "PATIENCE", 600.0)
+    monkeypatch.setattr(patience, "PATIENCE", 600.0)
     stranger = stranger_at()
     until(lambda: waiting.link_up)
     waiting.offer(2000)

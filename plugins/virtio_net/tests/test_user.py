@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qvm_virtio_net import receiver, spec
+from qvm_virtio_net import patience, spec
 from qvm_virtio_net.device import VirtioNet
 from qvm_virtio_net.testing import Guest, ethernet
 
@@ -74,7 +74,7 @@ def test_what_the_guest_sends_is_sent_in_order_and_whole(card: Card, until: Unti
 def test_a_program_that_takes_nothing_costs_frames_not_the_card(
     card: Card, until: Until, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(receiver, "PATIENCE", 0.2)
+    monkeypatch.setattr(patience, "PATIENCE", 0.2)
     program("time.sleep(1000)")
     guest = Guest(card(user=True, mtu=9000))
     for _ in range(200):

@@ -20,8 +20,13 @@ SEED = {
     "shmem": "0000:00:{n:02x}.0 1c05:0001 058000 0000:0000",
     "virtio-console": "0000:00:{n:02x}.0 1af4:1043 078000 1c05:0043",
 }
-#: The seed's order, and a package that is needed for each type. Add a line when a plugin is there.
-ORDER = {"virtio-blk": "qvm_virtio_blk", "virtio-console": "qvm_virtio_console"}
+#: The seed's order, and the package that brings each type.
+ORDER = {
+    "virtio-blk": "qvm_virtio_blk",
+    "virtio-net": "qvm_virtio_net",
+    "shmem": "qvm_shmem",
+    "virtio-console": "qvm_virtio_console",
+}
 
 CONSOLE = '[[vdev]]\ntype = "virtio-console"\nname = "console1"\nhostdev = "null"\n'
 
@@ -46,7 +51,12 @@ def listed(text: str) -> list[str]:
 
 
 def test_the_guest_lists_what_the_seed_lists(start: Start, tmp_path: Path) -> None:
-    tables = {"virtio-blk": blk(tmp_path), "virtio-console": CONSOLE}
+    tables = {
+        "virtio-blk": blk(tmp_path),
+        "virtio-net": '[[vdev]]\ntype = "virtio-net"\nnone = true\n',
+        "shmem": f'[[vdev]]\ntype = "shmem"\ndirectory = "{tmp_path / "shm"}"\n',
+        "virtio-console": CONSOLE,
+    }
     kinds = [kind for kind, package in ORDER.items() if find_spec(package)]
     vm = start(LIST, vdevs="".join(tables[kind] for kind in kinds))
     assert vm.wait() == 0

@@ -147,6 +147,15 @@ def test_a_bar_outside_of_the_apertures_is_not_decoded_and_said_once(
     ]
 
 
+def test_a_bar_that_sticks_out_of_its_aperture_is_not_decoded() -> None:
+    rig = Rig({PciAddress(1): simple(1, Bar(0, Window(0x20000), constant(1)))})
+    rig.place(1, LOW)
+    assert [mapped.owner for mapped in rig.bus] == ["ecam", "somebody"]
+    high = Rig({PciAddress(1): simple(1, Bar(0, Window(1 << 33), constant(1), wide=True))})
+    high.place(1, HIGH, wide=True)
+    assert high.bus.read(HIGH, 4) == 0xFFFFFFFF
+
+
 def test_sizing_while_decoding_is_silent(caplog: pytest.LogCaptureFixture) -> None:
     rig = Rig({PciAddress(1): simple(1, four_kib(1))})
     rig.place(1, 0)

@@ -4,6 +4,7 @@
 
     from qvmcore.testing.fakes import plug            # a device on a bus, without an engine
     from qvmcore.testing.driver import MmioDriver     # what a guest's virtio driver does
+    from qvmcore.testing.pci_driver import PciDriver  # the same over PCI; device.driver() gives either
     from qvmcore.testing.conformance import VirtioConformance
     from qvmcore.testing.abuse import VirtioAbuse     # a Hypothesis state machine as a hostile guest
 

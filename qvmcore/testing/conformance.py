@@ -244,6 +244,20 @@ class VirtioConformance(VdevConformance):
             assert device.vdev.virtio.active
             self.check_works(device, driver)
 
+    def test_2_6_1_every_queue_works_again_after_a_reset_of_it(
+        self, device: Plugged[Any], driver: VirtioDriver
+    ) -> None:
+        """One after the other, while the device goes on."""
+        driver.start()
+        self.check_works(device, driver)
+        for index, ring in enumerate(driver.queues):
+            driver.reset_queue(index)
+            assert device.vdev.virtio.queue(index) is None
+            driver.queues[index] = driver.setup_queue(index, ring.size)
+            device.settle()
+        self.check_works(device, driver)
+        assert not driver.needs_reset
+
     @pytest.mark.parametrize("event_idx", [False, True], ids=["flags", "event_idx"])
     @pytest.mark.parametrize("indirect", [False, True], ids=["direct", "indirect"])
     def test_2_7_every_kind_of_ring_gives_the_same(

@@ -21,9 +21,6 @@ RETRY = 0.5
 #: Seconds an attempt may take.
 CONNECT_TIMEOUT = 5.0
 
-#: Replies taken in a row before others get their turn.
-_TURN = 64
-
 
 class Owner(Protocol):
     """Who uses a link."""
@@ -34,8 +31,8 @@ class Owner(Protocol):
     def link_up(self, connection: Connection) -> None:
         """Commands may be given from here on."""
 
-    def link_moved(self, connection: Connection) -> bool:
-        """Commands may have come back; whether any did."""
+    def link_moved(self, connection: Connection) -> None:
+        """Commands may have come back."""
 
     def link_down(self) -> None:
         """No command comes back any more; ``connection`` is None from here on."""
@@ -190,13 +187,12 @@ class Link:
         if current is None:
             return
         try:
-            for _ in range(_TURN):
-                current.notify(readable, writable)
-                if current.ready and self.connection is None:
-                    self._greeted(current)
-                # One notification is one reply; where there was one, there may be more.
-                if self.connection is None or not self._owner.link_moved(self.connection):
-                    break
+            # One reply a time: libnbd woken without data stays in its reply state and sends nothing.
+            current.notify(readable, writable)
+            if current.ready and self.connection is None:
+                self._greeted(current)
+            if self.connection is not None:
+                self._owner.link_moved(self.connection)
             if current.dead:
                 raise ConnectionError("the server closed the connection")
         except OSError as error:

@@ -6,16 +6,14 @@ import os
 import resource
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
-from qvm_virtio_net.device import VirtioNet
 from qvm_virtio_net.pcap import Capture
 from qvm_virtio_net.testing import MAC_A, Guest, ethernet
 
 from qvmcore.api import HostError
-from qvmcore.testing.fakes import Plugged
 
 Pair = Callable[..., tuple[Guest, Guest]]
 
@@ -48,35 +46,37 @@ def test_both_directions_are_captured(pair: Pair, tmp_path: Path) -> None:
     assert ethernet(payload=b"\2" * 100) in captured and ethernet(MAC_A, payload=b"back") in captured
 
 
-@pytest.fixture
-def small_files() -> Iterator[Callable[[int], None]]:
-    """``small_files(bytes)``: no file of this process grows beyond that, as on a full disk."""
+@contextmanager
+def small_files(size: int) -> Iterator[None]:
+    """No file of this process grows beyond ``size`` bytes, as on a full disk.
+
+    No fixture: pytest reports a test before its fixtures end, perhaps into a file.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_on_a_full_disk_it_ends_whole_with_one_line(
-    tmp_path: Path, small_files: Callable[[int], None]
-) -> None:
+def test_on_a_full_disk_it_ends_whole_with_one_line(tmp_path: Path) -> None:
     said: list[str] = []
     capture = Capture(tmp_path / "c", 1 << 20, said.append)
-    small_files(1000)
-    for _ in range(50):
-        capture.record([memoryview(bytes(14)), memoryview(bytes(100))])
+    with small_files(1000):
+        for _ in range(50):
+            capture.record([memoryview(bytes(14)), memoryview(bytes(100))])
     assert len(said) == 1 and "ends after 7 frames: File too large" in said[0]
     assert frames_of(tmp_path / "c") == [bytes(114)] * 7
 
 
-def test_a_full_disk_harms_no_traffic(
-    card: Callable[..., Plugged[VirtioNet]], pair: Pair, until: Any, small_files: Callable[[int], None]
-) -> None:
+def test_a_full_disk_harms_no_traffic(pair: Pair) -> None:
     one, two = pair(pcap="net.pcap")
-    small_files(100)
-    two.offer(*[200] * 20)
-    for number in range(20):
-        one.send(ethernet(payload=bytes([number])))
-    assert [frame[14] for _, frame, _ in two.received()] == list(range(20))
+    with small_files(100):
+        two.offer(*[200] * 20)
+        for number in range(20):
+            one.send(ethernet(payload=bytes([number])))
+        assert [frame[14] for _, frame, _ in two.received()] == list(range(20))
 
 
 def test_it_ends_at_its_limit(tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ class VirtioBlk(VirtioVdev):
         self.queue_sizes = (QUEUE_SIZE,) * options.queues
         super().__init__(ctx, options)
         self._disk = options.disk
+        # A server answers in its own order: one slow answer must not hold back those that are there.
+        self.in_order = not self._disk.nbd
         self._backend: Backend = ClosedBackend()
         self._remote: NbdDisk | None = None
         self._late: LateOpen | None = None

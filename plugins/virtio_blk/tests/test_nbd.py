@@ -404,3 +404,11 @@ def test_locate_starts_a_relative_socket_at_the_vm_file() -> None:
     assert locate("nbd+unix:///a%20b?socket=x/y.sock", base) == "nbd+unix:///a%20b?socket=/vm/x/y.sock"
     assert locate("nbd+unix:///?socket=/s", base) == "nbd+unix:///?socket=/s"
     assert locate("nbd://host:1/x", base) == "nbd://host:1/x"
+
+
+def test_6_1_in_order_is_offered_for_a_local_disk_only(tmp_path: Path) -> None:
+    offered = {}
+    for hostdev in ("memory:1M", f"nbd+unix:///?socket={tmp_path / 'absent'}"):
+        with plug(VirtioBlk, hostdev=hostdev, delayed="forever") as device:
+            offered[hostdev[:3]] = bool(device.vdev.virtio.offered >> 35 & 1)
+    assert offered == {"mem": True, "nbd": False}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import signal
 import struct
 import subprocess
@@ -196,7 +197,8 @@ def test_dev_null_and_closed_descriptors_as_stdio(owner: Owner) -> None:
     assert line.write(b"abc") == 3
     line.close()
     os.close(null)
-    closed = Stdio(owner.wiring(), reads=True, writes=True, input_fd=999, output_fd=999)
+    nobody = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 1  # too high to be open by chance
+    closed = Stdio(owner.wiring(), reads=True, writes=True, input_fd=nobody, output_fd=nobody)
     assert closed.write(b"abc") == 3 and closed.status()["dropped"] == 3
     closed.close()
 

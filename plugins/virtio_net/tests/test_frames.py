@@ -144,6 +144,13 @@ def test_5_1_6_4_2_flags_are_zero_for_a_driver_without_csum(pair: Pair) -> None:
     assert two.received()[0][0] == spec.HEADER.pack(0, 0, 0, 0, 0, 0, 1)
 
 
+def test_5_1_9_4_1_another_vms_word_for_a_checksum_is_not_passed_on(pair: Pair) -> None:
+    one, two = pair()
+    two.offer(2000)
+    one.send(ethernet(), header(spec.HDR_DATA_VALID))
+    assert two.received()[0][0] == spec.HEADER.pack(0, 0, 0, 0, 0, 0, 1)
+
+
 @pytest.mark.parametrize(("size", "start"), [(1, 34), (47, 34), (1000, 2000), (1000, 13), (1000, 33)])
 def test_what_one_segment_may_become_is_bounded(pair: Pair, size: int, start: int) -> None:
     """Each piece repeats the headers: tiny pieces or endless headers would be gigabytes."""

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import stat
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,15 @@ class Stranger:
     def __init__(self, path: Path, hello: bytes = GOOD) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.settimeout(20)
-        self.socket.connect(os.fspath(path))
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                self.socket.connect(os.fspath(path))
+                break
+            except ConnectionRefusedError:
+                # The socket has its name a moment before it listens.
+                assert time.monotonic() < deadline, f"nobody listens at {path}"
+                time.sleep(0.01)
         with contextlib.suppress(BrokenPipeError):  # refused before we could speak
             if hello:
                 self.socket.send(hello)

@@ -6,69 +6,32 @@ import contextlib
 import os
 import socket
 import stat
-import threading
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from qvm_chardev.channel import Channel, hung_up
+from qvm_chardev.client import ClientLine
 from qvm_chardev.device import Wiring
 from qvm_chardev.spec import UNIX_PATH_MAX
 from qvmcore.api import HostError
 
 
-class UnixSocket:
+class UnixSocket(ClientLine):
     """Listens on ``path`` (mode 0600); unlinks it at the end if it is still the one made here.
 
     Without a client output is dropped and counted. A second client is told that the line is taken.
     """
 
     def __init__(self, path: Path, wiring: Wiring) -> None:
+        super().__init__(wiring)
         self.description = f"unix:{path}"
         self._path = path
-        self._wiring = wiring
-        self._lock = threading.Lock()
-        self._client: Channel | None = None
         self._client_fd = -1
-        self._paused = False
         self._half_closed = False
-        self._ignored = self._sent = self._received = 0
         self._listener = _listen(path, wiring.name)
         status = path.stat(follow_symlinks=False)
         self._identity = (status.st_dev, status.st_ino)
         wiring.worker.watch(self._listener.fileno(), self._accept)
         wiring.log.info("%s: connect with: socat -,rawer,escape=0x1d unix-connect:%s", wiring.name, path)
-
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        """See CharDevice."""
-        client = self._client
-        if client is None:
-            self._ignored += len(data)
-            return len(data)
-        return client.write(data)
-
-    def pause_input(self) -> None:
-        """See CharDevice."""
-        self._pause(True)
-
-    def resume_input(self) -> None:
-        """See CharDevice."""
-        self._pause(False)
-
-    def _pause(self, paused: bool) -> None:
-        with self._lock:
-            self._paused = paused
-            if self._client is not None:
-                self._client.pause_input(paused)
-
-    def size(self) -> tuple[int, int] | None:
-        """A socket has no size in characters."""
-        return None
-
-    def flush(self, timeout: float) -> bool:
-        """See CharDevice."""
-        client = self._client
-        return client is None or client.flush(timeout)
 
     def close(self) -> None:
         """See CharDevice."""
@@ -81,17 +44,6 @@ class UnixSocket:
             status = self._path.stat(follow_symlinks=False)
             if (status.st_dev, status.st_ino) == self._identity:
                 self._path.unlink()
-
-    def status(self) -> Mapping[str, Any]:
-        """See CharDevice."""
-        client = self._client
-        return {
-            "hostdev": self.description,
-            "connected": client is not None,
-            "received": self._received + (client.received if client else 0),
-            "sent": self._sent + (client.sent if client else 0),
-            "dropped": self._ignored + (client.dropped if client else 0),
-        }
 
     def _accept(self) -> None:
         try:
@@ -108,17 +60,8 @@ class UnixSocket:
                     new.send(f"{self._wiring.name} is in use by another client\r\n".encode())
                 return
             fd = os.dup(new.fileno())
-        client = Channel(
-            fd,
-            worker=self._wiring.worker,
-            on_space=self._wiring.on_writable,
-            on_lost=lambda error: self._client_lost(client, error),
-            on_input=self._wiring.on_input,
-            stall=self._wiring.stall,
-        )
-        with self._lock:
-            self._client, self._client_fd, self._half_closed = client, fd, False
-            client.pause_input(self._paused)
+        self._client_fd, self._half_closed = fd, False
+        self._attach(fd, self._client_lost)
         self._wiring.log.debug("%s: client connected", self._wiring.name)
         self._wiring.on_connection(True)
 
@@ -132,16 +75,9 @@ class UnixSocket:
         self._drop_client()
 
     def _drop_client(self) -> None:
-        with self._lock:
-            client, self._client = self._client, None
-            if client is None:
-                return
-            client.close()
-            self._sent += client.sent
-            self._received += client.received
-            self._ignored += client.dropped
-        # What was held back for this client may go: it is dropped until the next one comes.
-        self._wiring.worker.call(self._client_gone)
+        if self._detach():
+            # What was held back for this client may go: it is dropped until the next one comes.
+            self._wiring.worker.call(self._client_gone)
 
     def _client_gone(self) -> None:
         if self._client is None:

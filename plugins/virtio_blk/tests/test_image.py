@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -117,12 +118,38 @@ def test_errors_name_the_path_and_what_to_do(image: Path, tmp_path: Path) -> Non
         open_disk(Disk(Path("big")), tmp_path, 4096)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_an_unreadable_image(image: Path) -> None:
-    image.chmod(0o400)
+@pytest.fixture
+def nobody(image: Path, tmp_path: Path) -> Iterator[None]:
+    """Not root, who may read and write everything: root's tests run as nobody meanwhile."""
+    if os.geteuid() != 0:
+        yield
+        return
+    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        folder.chmod(0o755)
+    os.seteuid(65534)
+    yield
+    os.seteuid(0)
+
+
+@pytest.mark.usefixtures("nobody")
+def test_an_image_that_may_not_be_written_or_read(image: Path) -> None:
+    with _as_owner():
+        image.chmod(0o444)
     with pytest.raises(HostError, match="readonly = true"):
         _open(image)
     _open(image, readonly=True)
+    with _as_owner():
+        image.chmod(0)
+    with pytest.raises(HostError, match="Permission denied"):
+        _open(image, readonly=True)
+
+
+@contextmanager
+def _as_owner() -> Iterator[None]:
+    me = os.geteuid()
+    os.seteuid(os.getuid())
+    yield
+    os.seteuid(me)
 
 
 def test_a_memory_disk_too_big_for_this_machine() -> None:

@@ -10,12 +10,20 @@ from __future__ import annotations
 import logging
 import os
 import select
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 log = logging.getLogger(__name__)
+
+
+def stack_of(ident: int | None) -> str:
+    """Where the thread with this identifier is now, as a traceback's lines; empty when it has ended."""
+    frame = sys._current_frames().get(ident or 0)
+    return "".join(traceback.format_stack(frame)).strip() if frame else ""
 
 
 class EventFd:

@@ -147,7 +147,7 @@ class Machine:
             memory,
             bus,
             self.board.controllers,
-            self._guest_ended,
+            self.end,
             pci.msi if pci is not None else None,
         )
         guest = engine.create_guest(config)
@@ -177,9 +177,6 @@ class Machine:
 
     def _described(self) -> list[DescribedVdev]:
         return [DescribedVdev(slot.spec, slot.vdev) for slot in self.slots]
-
-    def _guest_ended(self, end: GuestEnd) -> None:
-        self._events.put(end)
 
     def _unsupported(self, address: int, size: int, value: int | None) -> None:
         if self.spec.unsupported != "abort":

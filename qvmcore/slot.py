@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
-import sys
 import threading
 import time
 import traceback
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from qvmcore.bus import all_ones
 from qvmcore.errors import GuestError, PluginError, QvmError
-from qvmcore.events import Worker
+from qvmcore.events import Worker, stack_of
 from qvmcore.irq import IrqLine, NullIrq
 from qvmcore.memory import GuestMemory
 from qvmcore.termination import Phase, TerminationCallback, TerminationPlan
@@ -236,13 +235,11 @@ class VdevSlot:
         busy = self._busy
         if busy is None or time.monotonic() - busy[0] < HANDLER_PATIENCE:
             return
-        frame = sys._current_frames().get(busy[1])
-        stack = "".join(traceback.format_stack(frame)).strip() if frame else ""
         self.log.error(
             "%s: a register handler runs for %.0f s; interrupting it at\n%s",
             self.spec.where,
             HANDLER_PATIENCE,
-            stack,
+            stack_of(busy[1]),
         )
         self._busy = (time.monotonic(), busy[1])
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(busy[1]), ctypes.py_object(VdevHung))
@@ -251,6 +248,6 @@ class VdevSlot:
         worker = self._worker
         if worker is None or worker.stop(END_DEADLINE):
             return
-        frame = sys._current_frames().get(worker.ident or 0)
-        stack = "".join(traceback.format_stack(frame)).strip() if frame else ""
-        raise TimeoutError(f"{worker.name} did not stop within {END_DEADLINE} s; it was at\n{stack}")
+        raise TimeoutError(
+            f"{worker.name} did not stop within {END_DEADLINE} s; it was at\n{stack_of(worker.ident)}"
+        )

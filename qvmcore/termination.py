@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import enum
 import logging
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from qvmcore.events import stack_of
 from qvmcore.types import GuestEnd
 
 log = logging.getLogger(__name__)
@@ -84,8 +84,7 @@ class _Step:
         callback = self.callback
         self._thread.join(max(0.0, self._started + callback.deadline - time.monotonic()))
         if self._thread.is_alive():
-            frame = sys._current_frames().get(self._thread.ident or 0)
-            stack = "".join(traceback.format_stack(frame)).strip() if frame else ""
+            stack = stack_of(self._thread.ident)
             return StepResult(callback.name, callback.phase, "late", callback.deadline, stack)
         verdict = "failed" if self._error else "ok"
         return StepResult(callback.name, callback.phase, verdict, self._took, self._error)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -15,7 +13,7 @@ from typing import Generic, TypeVar
 
 from qvmcore.bus import AddressSpace, all_ones
 from qvmcore.errors import ConfigError, Diagnostic, GuestError
-from qvmcore.events import Worker
+from qvmcore.events import Worker, stack_of
 from qvmcore.irq import IrqLine
 from qvmcore.memory import GuestMemory
 from qvmcore.options import convert_options
@@ -172,8 +170,7 @@ class FakeContext:
             passed = threading.Event()
             worker.call(passed.set)
             if not passed.wait(timeout) and worker.alive:
-                frame = sys._current_frames().get(worker.ident or 0)
-                stack = "".join(traceback.format_stack(frame)) if frame else ""
+                stack = stack_of(worker.ident)
                 raise AssertionError(f"{worker.name} is still busy after {timeout:g} s, at\n{stack}")
 
 

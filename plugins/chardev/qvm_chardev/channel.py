@@ -110,12 +110,6 @@ class Channel:
             self._paused = paused
             self._update()
 
-    def stop_reading(self) -> None:
-        """Never read again; output goes on."""
-        with self._lock:
-            self._reading = False
-            self._update()
-
     def flush(self, timeout: float) -> bool:
         """Write out the buffer with a deadline, seconds; False when bytes are left."""
         deadline = time.monotonic() + timeout

@@ -210,7 +210,9 @@ class LoadSpec:
     """What is placed into guest memory before the start: paths, and the kernel command line.
 
     ``format`` is ``auto`` (recognised by its content), ``linux``, ``elf`` or ``raw``; ``address``
-    is where a raw file goes, in bytes, None for the start of RAM.
+    is where a raw file goes, in bytes, None for the start of RAM (not on x86, which needs one);
+    ``mode`` is how an x86 CPU starts a raw file: ``real16``, ``protected32`` or ``long64``, empty
+    for what its address suggests.
     """
 
     kernel: Path | None = None
@@ -218,6 +220,7 @@ class LoadSpec:
     cmdline: str = ""
     format: str = "auto"
     address: int | None = None
+    mode: str = ""
 
 
 @dataclass(frozen=True, slots=True)

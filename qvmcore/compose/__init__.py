@@ -211,4 +211,4 @@ def _load(root: Table, problems: Problems) -> LoadSpec:
     for key, path in (("kernel", load.kernel), ("initrd", load.initrd)):
         if path is not None:
             check_file(path, key, table.source_of(key), problems)
-    return LoadSpec(load.kernel, load.initrd, load.cmdline, load.format, load.address)
+    return LoadSpec(load.kernel, load.initrd, load.cmdline, load.format, load.address, load.mode or "")

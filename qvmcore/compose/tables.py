@@ -42,14 +42,18 @@ class SystemTable(msgspec.Struct, frozen=True, rename="kebab"):
 class LoadTable(msgspec.Struct, frozen=True, rename="kebab"):
     """``[load]``: what is placed into guest memory."""
 
-    kernel: Annotated[HostPath | None, msgspec.Meta(description="Linux Image, gzip, EFI zboot, ELF")] = None
+    kernel: Annotated[HostPath | None, msgspec.Meta(description="Linux Image, bzImage, ELF")] = None
     initrd: Annotated[HostPath | None, msgspec.Meta(description="initial RAM disk")] = None
-    # Linux on arm64 keeps 2048 bytes, with the final NUL.
+    # Linux on arm64 and on x86 keeps 2048 bytes, with the final NUL.
     cmdline: Annotated[str, msgspec.Meta(max_length=2047, description="kernel command line")] = ""
     format: Annotated[
         Literal["auto", "linux", "elf", "raw"], msgspec.Meta(description="kind of the kernel file")
     ] = "auto"
     address: Annotated[Address | None, msgspec.Meta(description="where a raw kernel goes")] = None
+    mode: Annotated[
+        Literal["real16", "protected32", "long64"] | None,
+        msgspec.Meta(description="how an x86 CPU starts a raw kernel"),
+    ] = None
 
 
 class MemoryTable(msgspec.Struct, frozen=True, rename="kebab"):

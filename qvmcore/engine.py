@@ -113,9 +113,11 @@ class Engine(Protocol):
     """A kind of engine, offered by a plugin through ``qvm_engines``."""
 
     name: ClassVar[str]
+    #: Whether guests run on the host's own CPU, at its speed; ``engine = "auto"`` prefers such an engine.
+    native: ClassVar[bool]
 
     def unusable(self, arch: str) -> str:
-        """Why this engine cannot run a guest of ``arch`` here; empty when it can."""
+        """Why this engine cannot run a guest of ``arch`` here, and what to do; empty when it can."""
 
     def create_guest(self, config: GuestConfig) -> Guest:
         """Build a guest. Raises EngineError with the reason when that is impossible."""

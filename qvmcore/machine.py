@@ -20,9 +20,10 @@ from qvmcore.bind import DefaultBindings, bind_irqs, bind_windows
 from qvmcore.bind_pci import PciBinding
 from qvmcore.boards import Board, DescribedVdev
 from qvmcore.bus import AddressSpace
+from qvmcore.choose import choose_engine
 from qvmcore.dump import write_dump
 from qvmcore.engine import Engine, Guest, GuestConfig
-from qvmcore.errors import EngineError, HostError
+from qvmcore.errors import HostError
 from qvmcore.load import load_guest
 from qvmcore.memory import GuestMemory
 from qvmcore.plugins import PluginHost
@@ -109,7 +110,7 @@ class Machine:
         # A busy worker may hold up a vCPU's register access for one interval: 5 ms is too long.
         sys.setswitchinterval(SWITCH_INTERVAL)
         with SignalEvents(self._events.put):
-            engine = self._engine()
+            engine = choose_engine(self._host, self.spec.engine, self.board.arch)
             end = GuestEnd(Reason.HOST_ERROR, "not started")
             try:
                 self._start(engine)
@@ -120,22 +121,6 @@ class Machine:
         return Outcome(end, steps, stopped)
 
     # -- start ---------------------------------------------------------------------------------
-
-    def _engine(self) -> Engine:
-        arch = self.board.arch
-        wanted = self.spec.engine
-        names = [wanted] if wanted != "auto" else list(self._host.engine_names())
-        reasons = []
-        for name in names:
-            engine = self._host.engine(name)
-            why = engine.unusable(arch)
-            if not why:
-                if wanted == "auto":
-                    log.info("engine: %s, the first that can run %s guests here", name, arch)
-                return engine
-            reasons.append(f"{name}: {why}")
-        hint = "; ".join(reasons) or "no engine is installed: pip install qvm-emulator"
-        raise EngineError(f"no engine can run this {arch} guest", hint=hint)
 
     def _start(self, engine: Engine) -> None:
         self._memory = memory = GuestMemory.allocate(self.spec.memory)

@@ -105,6 +105,7 @@ class ScriptedEngine:
     """Implements :class:`qvmcore.engine.Engine`; ``guest`` is the last guest it made."""
 
     name: ClassVar[str] = "scripted"
+    native: ClassVar[bool] = False
 
     def __init__(self, script: Script) -> None:
         self._script = script

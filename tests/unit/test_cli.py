@@ -31,6 +31,7 @@ def qvm_vdev_types():
 
 class Engine:
     name = "emulated"
+    native = False
     def unusable(self, arch):
         return ""
 

@@ -34,6 +34,10 @@ FLOORS: tuple[frozenset[str], ...] = (
             "load",
             "signals",
             "dump",
+            "choose",
+            "control",
+            "rundir",
+            "inquiry",
         }
     ),
     frozenset({"machine"}),
@@ -100,6 +104,9 @@ SAME_FLOOR: list[set[str]] = [
     {"bind_pci", "slot"},
     {"bind_pci", "boards"},
     {"bind_pci", "layout"},
+    {"control", "rundir"},
+    {"control", "inquiry"},
+    {"inquiry", "slot"},
 ]
 
 

@@ -19,6 +19,7 @@ class EmulatedEngine:
     """Runs an aarch64 guest in this process. Needs no KVM and no privilege."""
 
     name: ClassVar[str] = "emulated"
+    native: ClassVar[bool] = False
 
     def unusable(self, arch: str) -> str:
         """Why a guest of ``arch`` cannot run here; empty when it can."""

@@ -4,7 +4,7 @@
 (``qvm.vdev.v1``); a vdev that needs a newer minor says so with its class attribute ``api``.
 """
 
-from qvmcore.bus import AddressSpace
+from qvmcore.bus import AddressSpace, Mapped
 from qvmcore.engine import Controller, CpuEntry, Engine, Guest, GuestConfig, MsiFrame
 from qvmcore.errors import (
     BadDescriptorChain,
@@ -72,6 +72,7 @@ __all__ = [
     "HostPath",
     "IntrSpec",
     "IrqLine",
+    "Mapped",
     "MemoryRegion",
     "MemorySpec",
     "MmioHandler",

@@ -26,6 +26,8 @@ class DefaultBindings:
     """
 
     def __init__(self) -> None:
+        #: Whether the engine signals doorbells by itself; the machine sets it before anything is bound.
+        self.fast_doorbells = False
         self.functions: dict[int, PciFunction] = {}
         self.interrupts: dict[int, PciInterrupts] = {}
 
@@ -41,7 +43,7 @@ class DefaultBindings:
         if function is not None:
             return function.bars[index].handler
         if isinstance(vdev, VirtioVdev):
-            return MmioTransport(vdev).handler()
+            return MmioTransport(vdev, fast_doorbells=self.fast_doorbells).handler()
         return _own_methods(vdev.mmio_read, vdev.mmio_write, index)
 
     @hookimpl(trylast=True)
@@ -86,13 +88,16 @@ def bind_window(slot: VdevSlot, host: PluginHost, index: int, window: Window) ->
     return slot.guard(handler)
 
 
-def bind_windows(slots: Sequence[VdevSlot], host: PluginHost, bus: AddressSpace) -> None:
-    """Bind every window of the vdevs with an address. Raises ConfigError or PluginError."""
+def bind_windows(
+    slots: Sequence[VdevSlot], host: PluginHost, bus: AddressSpace, ports: AddressSpace | None = None
+) -> None:
+    """Bind every window of the vdevs with an address or a port. Raises ConfigError or PluginError."""
     for slot in slots:
         spec = slot.spec
         if spec.pci is not None:
             continue
         base = spec.loc
+        space = ports if spec.space == "io" and ports is not None else bus
         for index, window in enumerate(slot.cls.windows):
             handler = bind_window(slot, host, index, window)
             if base is None:
@@ -100,5 +105,5 @@ def bind_windows(slots: Sequence[VdevSlot], host: PluginHost, bus: AddressSpace)
                     spec.source.file, spec.source.line, spec.where, "no loc for its registers"
                 )
                 raise ConfigError([problem])
-            bus.insert(base, window, handler, spec.name)
+            space.insert(base, window, handler, spec.name)
             base += window.size

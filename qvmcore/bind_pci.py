@@ -14,6 +14,7 @@ from qvmcore.layout import pci_routes
 from qvmcore.pci.function import PciFunction
 from qvmcore.pci.host import ECAM_WINDOW, HostBridge
 from qvmcore.pci.intx import SharedLine
+from qvmcore.pci.ports import CONFIG_PORTS, ConfigPorts
 from qvmcore.pci.vdev import PciVdev, function_of, interrupts_of
 from qvmcore.plugins import PluginHost
 from qvmcore.slot import VdevSlot
@@ -42,7 +43,7 @@ class PciBinding:
                 for index in range(slot.cls.irqs):
                     slot.lines[index] = self._host.bind_irq(slot.vdev, index, self._route(slot), guest)
 
-    def bind_functions(self, guest: Guest, bus: AddressSpace) -> None:
+    def bind_functions(self, guest: Guest, bus: AddressSpace, ports: AddressSpace | None = None) -> None:
         """When every vdev is configured. Raises PluginError for an impossible function."""
         bridge = HostBridge(bus, self._pci.apertures, guest.signal_msi)
         lines = {intr: SharedLine(guest.irq_line(intr)) for intr in set(self._routes.values())}
@@ -61,6 +62,10 @@ class PciBinding:
         bridge.start()
         ecam, _ = self._pci.ecam
         bus.insert(ecam, ECAM_WINDOW, MmioHandler(bridge.ecam_read, bridge.ecam_write), "PCI configuration")
+        if ports is not None and self._pci.config_ports is not None:
+            mechanism = ConfigPorts(bridge.ecam_read, bridge.ecam_write)
+            handler = MmioHandler(mechanism.read, mechanism.write)
+            ports.insert(self._pci.config_ports, CONFIG_PORTS, handler, "PCI configuration")
 
     def _route(self, slot: VdevSlot) -> IntrSpec:
         assert slot.spec.pci is not None

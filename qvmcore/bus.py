@@ -39,6 +39,10 @@ class Mapped:
         return self.base + self.window.size
 
 
+#: Told of a window.
+_Change = Callable[[Mapped], None]
+
+
 def all_ones(size: int) -> int:
     """What a read of nothing gives: every bit of ``size`` bytes set."""
     return (1 << (8 * size)) - 1
@@ -53,6 +57,7 @@ class AddressSpace:
         self._unsupported = unsupported
         self._frozen = False
         self._change = threading.Lock()
+        self._observer: tuple[_Change, _Change] | None = None
 
     def __iter__(self) -> Iterator[Mapped]:
         return iter(self._mapped)
@@ -74,12 +79,31 @@ class AddressSpace:
                     f"[{clash.base:#x}, {clash.end:#x})"
                 )
             self._swap((*self._mapped, new))
+            if self._observer is not None:
+                self._observer[0](new)
         return new
 
     def remove(self, mapped: Mapped) -> None:
         """Take away what :meth:`place` gave; accesses under way may still finish. Idempotent."""
         with self._change:
-            self._swap(tuple(other for other in self._mapped if other is not mapped))
+            others = tuple(other for other in self._mapped if other is not mapped)
+            if len(others) == len(self._mapped):
+                return
+            self._swap(others)
+            if self._observer is not None:
+                self._observer[1](mapped)
+
+    def observe(self, placed: _Change, removed: _Change) -> None:
+        """Tell an engine of every window, those already here first; at most one observer.
+
+        Both are called under the table's lock, on any thread, and must return at once.
+        """
+        with self._change:
+            if self._observer is not None:
+                raise ValueError("the bus has an observer already")
+            self._observer = (placed, removed)
+            for mapped in self._mapped:
+                placed(mapped)
 
     def _swap(self, windows: tuple[Mapped, ...]) -> None:
         self._mapped = tuple(sorted(windows, key=lambda each: each.base))

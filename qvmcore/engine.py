@@ -22,21 +22,24 @@ class Controller:
     """An interrupt controller that belongs to the board and is provided by the engine.
 
     ``kind`` e.g. ``gicv2``; ``name`` is what ``intr = "gic:41"`` uses; ``windows`` are its
-    (base, size) ranges in bytes; ``lines`` the interrupt numbers a vdev may use.
+    (base, size) ranges in bytes and ``ports`` its ranges of I/O ports, both answered by the engine;
+    ``lines`` the interrupt numbers a vdev may use.
     """
 
     kind: str
     name: str
     windows: tuple[tuple[int, int], ...]
     lines: range
+    ports: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class MsiFrame:
-    """A doorbell for message-signalled interrupts: a write of a number raises that line, as an edge.
+    """Where message-signalled interrupts are written to: a message raises an interrupt, as an edge.
 
-    ``kind`` e.g. ``gicv2m``; ``controller`` names the controller it belongs to; ``lines`` are its
-    interrupt numbers, which no vdev may use. ``base`` and ``size`` are bytes.
+    ``kind`` e.g. ``gicv2m`` (the message is the number of a line) or ``apic`` (it says vector and
+    CPU); ``controller`` names the controller it belongs to; ``lines`` are its interrupt numbers,
+    which no vdev may use. ``base`` and ``size`` are bytes.
     """
 
     kind: str
@@ -48,10 +51,17 @@ class MsiFrame:
 
 @dataclass(frozen=True, slots=True)
 class CpuEntry:
-    """Where the boot CPU starts: guest-physical ``pc`` and named registers (``x0`` ...)."""
+    """Where the boot CPU starts: guest-physical ``pc`` and named registers (``x0``, ``rax`` ...).
+
+    On x86 ``mode`` is ``real16``, ``protected32`` or ``long64``. For the latter two the loader has put a
+    table of four flat segment descriptors into guest memory, whose address is the register ``gdt``:
+    selector 0x10 is code, 0x18 data. ``long64`` also has ``cr3``, page tables in which virtual
+    addresses are physical ones. Elsewhere ``mode`` is empty.
+    """
 
     pc: int
     registers: Mapping[str, int] = field(default_factory=dict)
+    mode: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +80,16 @@ class GuestConfig:
     on_end: Callable[[GuestEnd], None]
     #: The MSI frame the engine provides; None for a machine without PCI.
     msi: MsiFrame | None = None
+    #: The I/O port space; None for a board without one.
+    ports: AddressSpace | None = None
 
 
 class Guest(Protocol):
     """A guest living in an engine."""
+
+    @property
+    def fast_doorbells(self) -> bool:
+        """Whether a write to a declared doorbell signals its eventfd without a call of the handler."""
 
     def irq_line(self, intr: IntrSpec) -> IrqLine:
         """The input line ``intr`` of one of the controllers; called at freeze only."""

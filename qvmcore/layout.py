@@ -10,19 +10,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qvmcore.boards import Board, PciHost
+from qvmcore.engine import Controller
+from qvmcore.pci.ports import CONFIG_PORTS
 from qvmcore.types import IntrSpec, MachineSpec, MemorySpec, VdevSpec, Window
 from qvmcore.vdev import Vdev
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryRow:
-    """A range of the guest-physical address space. ``kind``: ram, rom, controller, pci or vdev."""
+    """A range of the guest-physical address space, or of I/O ports when ``space`` is ``io``.
+
+    ``kind``: ram, rom, controller, pci or vdev.
+    """
 
     start: int
     size: int
     kind: str
     owner: str
     spec: VdevSpec | None = None
+    space: str = "mem"
 
     @property
     def end(self) -> int:
@@ -30,8 +36,8 @@ class MemoryRow:
         return self.start + self.size
 
     def overlaps(self, other: MemoryRow) -> bool:
-        """Whether both share a byte."""
-        return self.start < other.end and other.start < self.end
+        """Whether both share a byte, or a port."""
+        return self.space == other.space and self.start < other.end and other.start < self.end
 
     def __str__(self) -> str:
         return f"[{self.start:#x}, {self.end:#x})"
@@ -53,9 +59,10 @@ class InterruptRow:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Memory map by address, interrupt map by controller and number."""
+    """Memory map by address, port map by number, interrupt map by controller and number."""
 
     memory: tuple[MemoryRow, ...]
+    ports: tuple[MemoryRow, ...]
     interrupts: tuple[InterruptRow, ...]
 
 
@@ -98,9 +105,13 @@ def layout_of(
     rows = [MemoryRow(m.start, m.size, "rom" if m.rom else "ram", "rom" if m.rom else "ram") for m in memory]
     for controller in board.controllers:
         rows += [MemoryRow(base, size, "controller", controller.name) for base, size in controller.windows]
+        rows += [
+            MemoryRow(base, size, "controller", controller.name, space="io")
+            for base, size in controller.ports
+        ]
     lines = []
     if pci and board.pci is not None:
-        rows += _pci_rows(board.pci)
+        rows += _pci_rows(board.pci, board.controllers)
         known = [spec for spec in vdevs if spec.type in classes and classes[spec.type].irqs]
         lines += _pci_lines(board.pci, known)
     for spec in vdevs:
@@ -109,25 +120,32 @@ def layout_of(
             continue
         if spec.loc is not None:
             placed = place_windows(spec.loc, cls.windows)
-            rows += [MemoryRow(start, size, "vdev", spec.name, spec) for start, size in placed]
+            rows += [MemoryRow(start, size, "vdev", spec.name, spec, spec.space) for start, size in placed]
         if spec.intr is not None:
             for index in range(cls.irqs):
                 intr = IntrSpec(spec.intr.controller, spec.intr.number + index)
                 lines.append(InterruptRow(intr, spec.name, cls.trigger.value, spec))
+    rows.sort(key=lambda row: row.start)
     return Layout(
-        tuple(sorted(rows, key=lambda row: row.start)),
+        tuple(row for row in rows if row.space == "mem"),
+        tuple(row for row in rows if row.space == "io"),
         tuple(sorted(lines, key=lambda row: (row.intr.controller, row.intr.number))),
     )
 
 
-def _pci_rows(pci: PciHost) -> list[MemoryRow]:
+def _pci_rows(pci: PciHost, controllers: Sequence[Controller]) -> list[MemoryRow]:
     narrow, wide = pci.apertures
-    return [
+    rows = [
         MemoryRow(*pci.ecam, "pci", "configuration"),
         MemoryRow(*narrow, "pci", "32-bit BARs"),
         MemoryRow(*wide, "pci", "64-bit BARs"),
-        MemoryRow(pci.msi.base, pci.msi.size, "controller", f"{pci.msi.controller} MSI frame"),
     ]
+    frame = (pci.msi.base, pci.msi.size)
+    if not any(frame in controller.windows for controller in controllers):
+        rows.append(MemoryRow(*frame, "controller", f"{pci.msi.controller} MSI frame"))
+    if pci.config_ports is not None:
+        rows.append(MemoryRow(pci.config_ports, CONFIG_PORTS.size, "pci", "configuration", space="io"))
+    return rows
 
 
 def _pci_lines(pci: PciHost, vdevs: Sequence[VdevSpec]) -> list[InterruptRow]:

@@ -24,7 +24,6 @@ from qvmcore.choose import choose_engine
 from qvmcore.dump import write_dump
 from qvmcore.engine import Engine, Guest, GuestConfig
 from qvmcore.errors import HostError
-from qvmcore.load import load_guest
 from qvmcore.memory import GuestMemory
 from qvmcore.plugins import PluginHost
 from qvmcore.signals import SignalEvents
@@ -125,6 +124,7 @@ class Machine:
     def _start(self, engine: Engine) -> None:
         self._memory = memory = GuestMemory.allocate(self.spec.memory)
         bus = AddressSpace(self._unsupported)
+        ports = AddressSpace(self._unsupported_port) if self.board.port_space else None
         pci = self.board.pci if self.spec.pci else None
         config = GuestConfig(
             self.board.arch,
@@ -134,9 +134,11 @@ class Machine:
             self.board.controllers,
             self.end,
             pci.msi if pci is not None else None,
+            ports,
         )
         guest = engine.create_guest(config)
         self._guest = guest
+        self._bindings.fast_doorbells = guest.fast_doorbells
         functions = PciBinding(pci, self.slots, self._host, self._bindings) if pci is not None else None
         bind_irqs(self.slots, self._host, guest)
         if functions is not None:
@@ -145,16 +147,13 @@ class Machine:
             self.plan.add(callback)
         for slot in self.slots:
             slot.configure(memory)
-        bind_windows(self.slots, self._host, bus)
+        bind_windows(self.slots, self._host, bus, ports)
         if functions is not None:
-            functions.bind_functions(guest, bus)
+            functions.bind_functions(guest, bus, ports)
         bus.freeze()
-        entry = load_guest(
-            self.spec.load,
-            memory,
-            self.board,
-            lambda placed: self.board.build_fdt(self.spec, self._described(), placed),
-        )
+        if ports is not None:
+            ports.freeze()
+        entry = self.board.load(self.spec, self._described(), memory)
         for slot in self.slots:
             slot.vdev.on_starting()
         self.started = True
@@ -163,11 +162,14 @@ class Machine:
     def _described(self) -> list[DescribedVdev]:
         return [DescribedVdev(slot.spec, slot.vdev) for slot in self.slots]
 
-    def _unsupported(self, address: int, size: int, value: int | None) -> None:
+    def _unsupported(self, address: int, size: int, value: int | None, what: str = "address") -> None:
         if self.spec.unsupported != "abort":
             return
-        what = "read of" if value is None else f"write of {value:#x} to"
-        self.end(GuestEnd(Reason.UNSUPPORTED_ACCESS, f"{size}-byte {what} unmapped address {address:#x}"))
+        how = "read of" if value is None else f"write of {value:#x} to"
+        self.end(GuestEnd(Reason.UNSUPPORTED_ACCESS, f"{size}-byte {how} unmapped {what} {address:#x}"))
+
+    def _unsupported_port(self, port: int, size: int, value: int | None) -> None:
+        self._unsupported(port, size, value, "I/O port")
 
     # -- run -----------------------------------------------------------------------------------
 

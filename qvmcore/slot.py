@@ -143,6 +143,10 @@ class VdevSlot:
             raise ValueError(f"exit code {code}: a vdev may choose 0, 3, 6, or 32 to 63")
         self._end(GuestEnd(reason, f"{self.name}: {message}", code))
 
+    def request_reset(self, message: str) -> None:
+        """See VdevContext."""
+        self._end(GuestEnd(Reason.GUEST_RESET, f"{self.name}: {message}"))
+
     def press_power_button(self) -> None:
         """See VdevContext."""
         self._button()
@@ -187,7 +191,7 @@ class VdevSlot:
 
     def guard(self, handler: MmioHandler) -> MmioHandler:
         """The handler behind the fault isolation, and behind the slot lock for a serial vdev."""
-        read, write = handler
+        read, write = handler.read, handler.write
         serial = not isinstance(self.vdev, VirtioVdev)
         acquire, release = self._lock.acquire, self._lock.release
         now, ident = time.monotonic, threading.get_ident
@@ -225,7 +229,7 @@ class VdevSlot:
                 if serial:
                     release()
 
-        return MmioHandler(guarded_read, guarded_write)
+        return MmioHandler(guarded_read, guarded_write, handler.doorbells)
 
     def interrupt_if_hung(self) -> None:
         """Raise VdevHung inside a register handler that has run for too long; called by the machine.

@@ -85,11 +85,14 @@ class MmioHandler(NamedTuple):
     """What a window is bound to at freeze.
 
     ``read(offset, size) -> value`` and ``write(offset, size, value)``; offset in bytes from the
-    start of the window, value unsigned little-endian. Both run on a vCPU thread.
+    start of the window, value unsigned little-endian. Both run on a vCPU thread. ``doorbells`` are
+    registers with the eventfd each one signals: an engine that can will signal it without a call of
+    ``write``. A handler that wraps another one and leaves them out sees every access.
     """
 
     read: Callable[[int, int], int]
     write: Callable[[int, int, int], None]
+    doorbells: tuple[tuple[Doorbell, int], ...] = ()
 
 
 class Trigger(enum.Enum):
@@ -228,8 +231,9 @@ class VdevSpec:
     """One ``[[vdev]]`` table: the common keys, and the vdev's own options.
 
     ``options`` is the validated instance of the vdev class's ``Options`` struct. ``loc`` is a
-    guest-physical address in bytes; ``implicit`` marks a vdev the board adds itself. A relative
-    ``hostdev`` starts at ``base_dir``, the directory of the file that names it.
+    guest-physical address in bytes, or a port number when ``space`` is ``io``; ``implicit`` marks a
+    vdev the board adds itself. A relative ``hostdev`` starts at ``base_dir``, the directory of the
+    file that names it.
     """
 
     type: str
@@ -245,6 +249,8 @@ class VdevSpec:
     base_dir: Path = Path()
     #: Its place on PCI bus 0; None for a vdev with an address of its own.
     pci: PciAddress | None = None
+    #: What ``loc`` counts in: ``mem`` or ``io``.
+    space: str = "mem"
 
     @property
     def where(self) -> str:

@@ -97,6 +97,9 @@ class VdevContext(Protocol):
         failed, 32 to 63 the vdev's own. ValueError for any other.
         """
 
+    def request_reset(self, message: str) -> None:
+        """The guest asked for a reset of the machine: end the VM in order, with exit code 0; any thread."""
+
     def press_power_button(self) -> None:
         """Ask the VM for a power button press, as SIGTERM does; any thread."""
 
@@ -108,8 +111,8 @@ class Vdev:
     """A virtual device with registers in MMIO windows.
 
     Declared on the class: ``vdev_type`` (must equal the entry point's name), ``Options`` (a frozen
-    msgspec.Struct), ``windows``, ``irqs`` and ``trigger``. ``summary`` is one line for
-    ``qvm vdev``. ``api`` is the oldest API minor version the vdev needs, a literal.
+    msgspec.Struct), ``windows``, ``irqs``, ``trigger`` and how a guest is told of it. ``summary`` is one
+    line for ``qvm vdev``. ``api`` is the oldest API minor version the vdev needs, a literal.
     """
 
     vdev_type: ClassVar[str]
@@ -120,6 +123,10 @@ class Vdev:
     irqs: ClassVar[int] = 0
     trigger: ClassVar[Trigger] = Trigger.EDGE
     fdt_compatible: ClassVar[tuple[str, ...]] = ()
+    #: Announced under this ACPI hardware ID on a board described by ACPI; empty = not at all.
+    acpi_hid: ClassVar[str] = ""
+    #: What a plain number in ``loc`` means: ``mem``, guest-physical bytes, or ``io``, a port.
+    space: ClassVar[str] = "mem"
 
     def __init__(self, ctx: VdevContext, options: Any) -> None:
         self.ctx = ctx

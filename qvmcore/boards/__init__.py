@@ -1,7 +1,7 @@
 """Boards (floor 8): the fixed part of a machine. :func:`get` gives one by its name.
 
 A board knows its memory layout, its interrupt controllers, the vdevs it always has, and how a
-guest of its kind is told about all that (the device tree).
+guest of its kind is loaded and told about all that (a device tree, ACPI).
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from qvmcore.engine import Controller, MsiFrame
-from qvmcore.types import IntrSpec, MachineSpec, VdevSpec
+from qvmcore.engine import Controller, CpuEntry, MsiFrame
+from qvmcore.memory import GuestMemory
+from qvmcore.types import IntrSpec, MachineSpec, MemorySpec, VdevSpec
 from qvmcore.vdev import Vdev
 
 
@@ -30,7 +31,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class DescribedVdev:
-    """A vdev together with its table: what :meth:`Board.build_fdt` announces."""
+    """A vdev together with its table: what a board announces to the guest."""
 
     spec: VdevSpec
     vdev: Vdev
@@ -46,6 +47,8 @@ class ImplicitVdev:
     intr: IntrSpec | None
     #: Options it has unless a listed vdev claims the same things of the host (its terminal).
     options: Mapping[str, object] = field(default_factory=dict)
+    #: What ``loc`` counts in: ``mem`` or ``io``.
+    space: str = "mem"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +57,15 @@ class PciHost:
 
     ``ecam`` is the (base, size) of the configuration window, ``apertures`` the (base, size) ranges
     BARs live in: 32-bit first, 64-bit second. ``intx`` are the lines of the four INTx pins;
-    ``msi`` is where messages go.
+    ``msi`` is where messages go. ``config_ports`` is the first of the eight I/O ports of PCI's older
+    configuration mechanism, for a board that has it.
     """
 
     ecam: tuple[int, int]
     apertures: tuple[tuple[int, int], tuple[int, int]]
     intx: tuple[IntrSpec, IntrSpec, IntrSpec, IntrSpec]
     msi: MsiFrame
+    config_ports: int | None = None
 
 
 class Board(Protocol):
@@ -78,9 +83,12 @@ class Board(Protocol):
     def summary(self) -> str:
         """One line for people."""
 
+    def ram(self, size: int) -> tuple[MemorySpec, ...]:
+        """The ranges that ``ram = "512M"`` means, the first address first."""
+
     @property
-    def ram_base(self) -> int:
-        """Where ``ram = "512M"`` starts."""
+    def port_space(self) -> int:
+        """How many I/O ports there are; 0 for a board without port I/O."""
 
     @property
     def address_limit(self) -> int:
@@ -113,7 +121,16 @@ class Board(Protocol):
     def build_fdt(
         self, spec: MachineSpec, vdevs: Sequence[DescribedVdev], placement: Placement | None = None
     ) -> bytes:
-        """The device tree blob of the whole machine; ``placement`` None = nothing loaded."""
+        """The device tree blob of the whole machine; ``placement`` None = nothing loaded.
+
+        Raises QvmError on a board that is not described by a device tree.
+        """
+
+    def load(self, spec: MachineSpec, vdevs: Sequence[DescribedVdev], memory: GuestMemory) -> CpuEntry:
+        """Place what ``spec.load`` names, and the tables that describe the machine.
+
+        Raises HostError for a file that cannot be read, QvmError for one that does not fit.
+        """
 
 
 def _arm64_virt() -> Board:

@@ -24,15 +24,18 @@ from collections.abc import Sequence
 
 from qvmcore.boards import DescribedVdev, ImplicitVdev, PciHost, Placement
 from qvmcore.boards.arm64_pci import describe_pci
-from qvmcore.engine import Controller, MsiFrame
+from qvmcore.engine import Controller, CpuEntry, MsiFrame
 from qvmcore.fdt import DeviceTree, Node
 from qvmcore.layout import place_windows
-from qvmcore.types import IntrSpec, MachineSpec, Trigger
+from qvmcore.load import load_guest
+from qvmcore.memory import GuestMemory
+from qvmcore.types import IntrSpec, MachineSpec, MemorySpec, Trigger
 from qvmcore.vdev import Vdev
 
 _SPI, _PPI = 0, 1
 _EDGE_RISING, _LEVEL_HIGH, _LEVEL_LOW = 1, 4, 8
 _FIRST_SPI = 32
+_RAM_BASE = 0x4000_0000
 
 #: PPIs of the architected timer: secure, non-secure, virtual, hypervisor (INTID minus 16).
 _TIMER_PPIS = (13, 14, 11, 10)
@@ -50,7 +53,7 @@ class Arm64Virt:
     name = "arm64-virt"
     arch = "aarch64"
     summary = "64-bit Arm, GICv2, PL011 console, device tree"
-    ram_base = 0x4000_0000
+    port_space = 0
     address_limit = 1 << 40
     max_cpus = 8  # a GICv2 has eight CPU interfaces
     controllers = (
@@ -73,6 +76,14 @@ class Arm64Virt:
     )
     vdev_space = range(0x1C0D_0000, 0x2000_0000, 0x1_0000)
     vdev_lines = range(41, 112)
+
+    def ram(self, size: int) -> tuple[MemorySpec, ...]:
+        """One range."""
+        return (MemorySpec(_RAM_BASE, size),)
+
+    def load(self, spec: MachineSpec, vdevs: Sequence[DescribedVdev], memory: GuestMemory) -> CpuEntry:
+        """By the booting protocol of arm64; see :mod:`qvmcore.load`."""
+        return load_guest(spec.load, memory, self, lambda placed: self.build_fdt(spec, vdevs, placed))
 
     def build_fdt(
         self, spec: MachineSpec, vdevs: Sequence[DescribedVdev], placement: Placement | None = None

@@ -13,6 +13,7 @@ from qvmcore.cli.state import State
 from qvmcore.options import format_size
 
 if TYPE_CHECKING:
+    from qvmcore.layout import MemoryRow
     from qvmcore.pci_tree import PciRow
 
 
@@ -38,6 +39,12 @@ def show(state: State, files: tuple[Path, ...], overrides: tuple[str, ...], json
         for row in machine["memory"]
     ]
     print_table("Memory map", ["first", "last", "size", "kind", "owner"], memory)
+    if machine["ports"]:
+        ports = [
+            [f"{row['start']:#x}", f"{row['end'] - 1:#x}", row["kind"], row["owner"]]
+            for row in machine["ports"]
+        ]
+        print_table("I/O ports", ["first", "last", "kind", "owner"], ports)
     interrupts = [[row["intr"], row["trigger"], row["owner"]] for row in machine["interrupts"]]
     print_table("Interrupt map", ["interrupt", "trigger", "vdev"], interrupts)
     if machine["pci"]:
@@ -50,7 +57,7 @@ def show(state: State, files: tuple[Path, ...], overrides: tuple[str, ...], json
         [
             row["name"],
             row["type"],
-            row["pci"] or ("" if row["loc"] is None else f"{row['loc']:#x}"),
+            row["pci"] or _place(row),
             row["intr"] or "",
             f"{row['distribution']} {row['version']}",
             "the board" if row["implicit"] else row["source"],
@@ -58,6 +65,13 @@ def show(state: State, files: tuple[Path, ...], overrides: tuple[str, ...], json
         for row in machine["vdevs"]
     ]
     print_table("Vdevs", ["name", "type", "loc", "intr", "package", "from"], vdevs)
+
+
+def _place(row: dict[str, Any]) -> str:
+    """``loc`` as a VM file writes it."""
+    if row["loc"] is None:
+        return ""
+    return ("io:" if row["space"] == "io" else "") + f"{row['loc']:#x}"
 
 
 def _describe(state: State, files: tuple[Path, ...], overrides: tuple[str, ...]) -> dict[str, Any]:
@@ -81,10 +95,8 @@ def _describe(state: State, files: tuple[Path, ...], overrides: tuple[str, ...])
             "initrd": str(load.initrd) if load.initrd else None,
             "cmdline": load.cmdline,
         },
-        "memory": [
-            {"start": row.start, "end": row.end, "size": row.size, "kind": row.kind, "owner": row.owner}
-            for row in machine.memory
-        ],
+        "memory": [_range(row) for row in machine.memory],
+        "ports": [_range(row) for row in machine.ports],
         "interrupts": [
             {"intr": str(row.intr), "trigger": row.trigger, "owner": row.owner} for row in machine.interrupts
         ],
@@ -94,6 +106,7 @@ def _describe(state: State, files: tuple[Path, ...], overrides: tuple[str, ...])
                 "name": vdev.name,
                 "type": vdev.type,
                 "loc": vdev.loc,
+                "space": vdev.space,
                 "pci": str(vdev.pci) if vdev.pci else None,
                 "intr": str(vdev.intr) if vdev.intr else None,
                 "on_fault": vdev.on_fault,
@@ -105,6 +118,11 @@ def _describe(state: State, files: tuple[Path, ...], overrides: tuple[str, ...])
             for vdev in spec.vdevs
         ],
     }
+
+
+def _range(row: MemoryRow) -> dict[str, Any]:
+    """A range of memory or of ports."""
+    return {"start": row.start, "end": row.end, "size": row.size, "kind": row.kind, "owner": row.owner}
 
 
 def _function(row: PciRow) -> dict[str, Any]:

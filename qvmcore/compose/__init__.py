@@ -185,10 +185,11 @@ def _memory(
     root: Table, system: SystemTable, table: Table, board: Board | None, problems: Problems
 ) -> list[tuple[MemorySpec, Source]]:
     """Guest memory with the place each range was written at."""
-    base = board.ram_base if board else 0
+    base = board.ram(0)[0].start if board else 0
     ranges: list[tuple[MemorySpec, Source]] = []
     if system.ram is not None:
-        ranges.append((MemorySpec(base, system.ram), table.source_of("ram")))
+        wanted = board.ram(system.ram) if board else (MemorySpec(base, system.ram),)
+        ranges += [(spec, table.source_of("ram")) for spec in wanted]
     for kind in ("ram", "rom"):
         for index, each in enumerate(array(root, kind, problems)):
             parsed = read_table(MemoryTable, each, f"{kind}[{index}]", problems)

@@ -15,6 +15,7 @@ from qvmcore.layout import InterruptRow, Layout, MemoryRow, layout_of
 from qvmcore.options import format_size
 from qvmcore.types import IntrSpec, MemorySpec, Source, VdevSpec
 from qvmcore.vdev import Vdev
+from qvmcore.virtio.device import VirtioVdev
 
 PAGE = 4096
 #: Registers are up to eight bytes wide and must not be split by an odd base address.
@@ -60,9 +61,10 @@ def check_layout(
         _check_loc(spec, classes[spec.type], board, free, problems)
         _check_intr(spec, classes[spec.type], board, free, problems, pci=pci)
     sources = {(spec.start, spec.size): source for spec, source in memory}
-    for first, second in combinations(layout.memory, 2):
-        if first.overlaps(second):
-            _report_overlap(first, second, sources, problems)
+    for rows in (layout.memory, layout.ports):
+        for first, second in combinations(rows, 2):
+            if first.overlaps(second):
+                _report_overlap(first, second, sources, problems)
     for one, other in combinations(layout.interrupts, 2):
         if one.intr == other.intr:
             _report_interrupt_clash(one, other, problems)
@@ -120,11 +122,27 @@ def _check_loc(spec: VdevSpec, cls: type[Vdev], board: Board, free: _Free, probl
             problems.add(at, spec.where, text, f"write loc = {free.loc(size)}")
     elif not size:
         problems.add(at, spec.where, "loc: this vdev has no registers", "remove loc")
+    elif spec.space == "io":
+        _check_port(spec, cls, size, board, problems)
     elif spec.loc % _LOC_ALIGNMENT:
         problems.add(at, spec.where, f"loc: {spec.loc:#x} is not a multiple of {_LOC_ALIGNMENT}")
     elif spec.loc + size > board.address_limit:
         text = f"loc: {spec.loc:#x} is behind the address space of {board.name}"
         problems.add(at, spec.where, text, f"addresses end at {board.address_limit:#x}")
+
+
+def _check_port(spec: VdevSpec, cls: type[Vdev], size: int, board: Board, problems: Problems) -> None:
+    at, free = _key_source(spec, "loc"), f"loc = {board.vdev_space.start:#x}"
+    assert spec.loc is not None
+    if not board.port_space:
+        text = f"loc: io:{spec.loc:#x} is an I/O port, and {board.name} has none"
+        problems.add(at, spec.where, text, f"write a memory address such as {free}")
+    elif issubclass(cls, VirtioVdev):
+        text = f"loc: io:{spec.loc:#x} is an I/O port; virtio devices are in memory or on PCI"
+        problems.add(at, spec.where, text, f"write {free}, or leave loc out for PCI")
+    elif spec.loc + size > board.port_space:
+        text = f"loc: io:{spec.loc:#x} with {size} ports ends behind the last port"
+        problems.add(at, spec.where, text, f"ports end at {board.port_space - 1:#x}")
 
 
 def _check_intr(
@@ -143,10 +161,15 @@ def _check_intr(
     controllers = {controller.name: controller for controller in board.controllers}
     controller = controllers.get(spec.intr.controller)
     if controller is None:
-        known = ", ".join(controllers)
+        known = ", ".join(name for name, each in controllers.items() if each.lines)
         text = f"intr: there is no interrupt controller {spec.intr.controller!r}"
         hint = nearest(spec.intr.controller, controllers) or f"{board.name} has {known}"
         problems.add(at, spec.where, text, hint)
+        return
+    if not controller.lines:
+        known = ", ".join(name for name, each in controllers.items() if each.lines)
+        text = f"intr: {controller.name} is the board's own and has no lines for vdevs"
+        problems.add(at, spec.where, text, f"{board.name} has {known}")
         return
     lines = 1 if on_pci else cls.irqs
     last = spec.intr.number + lines - 1
@@ -157,7 +180,7 @@ def _check_intr(
         problems.add(at, spec.where, text, hint)
         return
     msi = board.pci.msi if pci and board.pci is not None else None
-    if msi is None or msi.controller != controller.name:
+    if msi is None or msi.controller != controller.name or not msi.lines:
         return
     if spec.intr.number in msi.lines or last in msi.lines:
         text = f"intr: {spec.intr} belongs to PCI's message interrupts"

@@ -69,7 +69,8 @@ class VdevTable(msgspec.Struct, frozen=True, rename="kebab"):
     type: Annotated[str, msgspec.Meta(description="what it is; qvm vdev lists the types")] = ""
     name: Annotated[str, msgspec.Meta(description="its name; default: the type and a number")] = ""
     loc: Annotated[
-        Address | None, msgspec.Meta(description="guest address of its registers, or pci:0:DEVICE[.FUNCTION]")
+        Address | None,
+        msgspec.Meta(description="guest address of its registers, io:PORT, or pci:0:DEVICE[.FUNCTION]"),
     ] = None
     intr: Annotated[IntrSpec | None, msgspec.Meta(description="its interrupt, e.g. gic:41")] = None
     on_fault: Annotated[

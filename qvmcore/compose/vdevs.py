@@ -11,7 +11,7 @@ from qvmcore.boards import Board, ImplicitVdev
 from qvmcore.compose.sources import Problems, Table
 from qvmcore.compose.tables import COMMON_KEYS, VdevTable, check_name, read_table, report
 from qvmcore.errors import PluginError, nearest
-from qvmcore.options import OptionProblem, convert_options
+from qvmcore.options import OptionProblem, convert_options, parse_number
 from qvmcore.types import PciAddress, Source, VdevSpec
 from qvmcore.vdev import Vdev
 
@@ -101,7 +101,7 @@ class _Builder:
         label = f"{each.name} ({each.type})"
         return VdevSpec(
             each.type, each.name, options, each.loc, each.intr,
-            implicit=True, source=source, label=label, base_dir=Path.cwd(),
+            implicit=True, source=source, label=label, base_dir=Path.cwd(), space=each.space,
         )  # fmt: skip
 
     def explicit(self, index: int, table: Table, name: str, claim: ImplicitVdev | None) -> VdevSpec | None:
@@ -109,14 +109,17 @@ class _Builder:
         vdev_type = table.get("type") or (claim.type if claim else None)
         where = f"vdev[{index}] ({vdev_type})" if vdev_type else f"vdev[{index}]"
         own_keys = [key for key in table.items if key.replace("-", "_") not in _COMMON]
-        pci, loc = None, table.get("loc")
-        is_pci = isinstance(loc, str) and loc.strip().startswith("pci:")
-        if is_pci:
-            try:
-                pci = PciAddress.parse(str(loc))
-            except ValueError as error:
-                self._problems.add(table.source_of("loc"), where, f"loc: {error}")
-        skipped = [*own_keys, "loc"] if is_pci else own_keys
+        place = _special_place(table.get("loc"))
+        pci: PciAddress | None = None
+        port: int | None = None
+        try:
+            if place.startswith("pci:"):
+                pci = PciAddress.parse(place)
+            elif place:
+                port = parse_number(place.removeprefix("io:"))
+        except ValueError as error:
+            self._problems.add(table.source_of("loc"), where, f"loc: {error}")
+        skipped = [*own_keys, "loc"] if place else own_keys
         common = read_table(VdevTable, table, where, self._problems, skipped)
         if common is None or not isinstance(vdev_type, str):
             if vdev_type is None:
@@ -127,11 +130,16 @@ class _Builder:
         if cls is None:
             return None
         same_kind = claim is not None and claim.type == vdev_type
+        loc: int | None = common.loc if port is None else port
+        space = "io" if port is not None else _space_of(table.get("loc"), cls)
+        if loc is None and not place and claim and same_kind:
+            loc, space = claim.loc, claim.space
         return VdevSpec(
             type=vdev_type,
             name=name,
             options=self._options(cls, table, where),
-            loc=claim.loc if common.loc is None and not is_pci and claim and same_kind else common.loc,
+            loc=loc,
+            space=space,
             pci=pci,
             intr=claim.intr if common.intr is None and claim and same_kind else common.intr,
             on_fault=common.on_fault,
@@ -169,6 +177,17 @@ class _Builder:
                 self._problems.add(source, where, error.message, error.hint)
                 return None
         return self.known[vdev_type]
+
+
+def _special_place(loc: object) -> str:
+    """A ``loc`` that is no memory address, ``pci:...`` or ``io:...``; else an empty text."""
+    text = loc.strip() if isinstance(loc, str) else ""
+    return text if text.startswith(("pci:", "io:")) else ""
+
+
+def _space_of(loc: object, cls: type[Vdev]) -> str:
+    """The space of a ``loc`` that is a number: the class's own, unless it says ``mem:``."""
+    return "mem" if isinstance(loc, str) and loc.strip().startswith("mem:") else cls.space
 
 
 _COMMON = frozenset(key.replace("-", "_") for key in COMMON_KEYS)

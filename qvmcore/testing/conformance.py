@@ -188,8 +188,8 @@ class TerminationConformance(Kit):
             counts = [line.count for line in device.ctx.irqs]
             before = bytes(region.view)
             # The vCPUs have stopped, but an ioeventfd or another process may ring late.
-            if device.transport is not None:
-                for _, doorbell in device.transport.doorbells():
+            if isinstance(device.vdev, VirtioVdev):
+                for doorbell in device.vdev.virtio.doorbells:
                     doorbell.signal()
             self.late(device)
             time.sleep(0.05)

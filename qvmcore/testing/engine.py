@@ -24,6 +24,8 @@ Script = Callable[["ScriptedGuest"], None]
 class ScriptedGuest:
     """Implements :class:`qvmcore.engine.Guest`; the script sees it as its CPU."""
 
+    fast_doorbells = False
+
     def __init__(self, config: GuestConfig, script: Script) -> None:
         self.config = config
         self.irqs: dict[int, FakeIrq] = {}

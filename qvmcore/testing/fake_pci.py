@@ -37,9 +37,8 @@ class FakePciBus:
         self._placed: dict[int, Mapped] = {}
         for position, bar in enumerate(function.bars):
             function.bind_bar(position, isolate(bar.handler))
-        self.config_read, self.config_write = isolate(
-            MmioHandler(function.config_read, function.config_write)
-        )
+        config = isolate(MmioHandler(function.config_read, function.config_write))
+        self.config_read, self.config_write = config.read, config.write
         function.connect(self)
 
     def message(self, address: int, data: int) -> None:

@@ -103,6 +103,7 @@ class FakeContext:
         self.pci_lines: Sequence[IrqLine] = ()
         self.faults: list[BaseException] = []
         self.shutdowns: list[tuple[str, int]] = []
+        self.resets: list[str] = []
         self.button_presses = 0
         self.plan = TerminationPlan()
         self.threads_allowed = False
@@ -146,6 +147,10 @@ class FakeContext:
     def request_shutdown(self, message: str, *, code: int = 6) -> None:
         """Recorded in ``shutdowns``."""
         self.shutdowns.append((message, code))
+
+    def request_reset(self, message: str) -> None:
+        """Recorded in ``resets``."""
+        self.resets.append(message)
 
     def press_power_button(self) -> None:
         """Counted in ``button_presses``."""
@@ -362,4 +367,4 @@ def _isolated(handler: MmioHandler, ctx: FakeContext) -> MmioHandler:
         except Exception as error:
             ctx.fault(error)
 
-    return MmioHandler(read, write)
+    return MmioHandler(read, write, handler.doorbells)

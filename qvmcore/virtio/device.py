@@ -53,6 +53,7 @@ class VirtioVdev(Vdev):
     # The line stays up while InterruptStatus is not zero (4.2.3.4).
     trigger = Trigger.LEVEL
     fdt_compatible = ("virtio,mmio",)
+    acpi_hid = "LNRO0005"
 
     def __init__(self, ctx: VdevContext, options: Any) -> None:
         super().__init__(ctx, options)

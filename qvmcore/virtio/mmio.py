@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable
 
 from qvmcore.errors import PluginError
-from qvmcore.events import EventFd
 from qvmcore.irq import IrqLine
 from qvmcore.types import Doorbell, MmioHandler
 from qvmcore.virtio import spec
@@ -25,9 +24,10 @@ class MmioTransport:
 
     Made once, at freeze, before the guest starts; :meth:`read` and :meth:`write` run on vCPU
     threads, several at a time. The line is high while InterruptStatus is not zero (4.2.3.4).
+    ``fast_doorbells``: the engine signals the eventfds of the doorbells by itself.
     """
 
-    def __init__(self, vdev: VirtioVdev) -> None:
+    def __init__(self, vdev: VirtioVdev, *, fast_doorbells: bool = False) -> None:
         room = vdev.windows[0].size - spec.MMIO_CONFIG
         if len(vdev.config_space()) > room:
             raise PluginError(f"{vdev.vdev_type}: config_space() exceeds the {room} bytes of its window")
@@ -42,18 +42,17 @@ class MmioTransport:
         self._line: IrqLine | None = None
         self._reads = self._read_table()
         self._writes = self._write_table()
-        # QueueNotify has 32 bits, so it can carry the position too (4.2.3.3).
-        self._state.attach(self, 1 << spec.VIRTIO_F_NOTIFICATION_DATA)
+        # QueueNotify has 32 bits, so it can carry the position too (4.2.3.3); but then its value is not
+        # the queue's number alone, by which a fast doorbell is told from the others.
+        self._state.attach(self, 0 if fast_doorbells else 1 << spec.VIRTIO_F_NOTIFICATION_DATA)
 
     def handler(self) -> MmioHandler:
-        """What the window is bound to."""
-        return MmioHandler(self.read, self.write)
-
-    def doorbells(self) -> tuple[tuple[Doorbell, EventFd], ...]:
-        """The QueueNotify values and what each one signals, for an engine with ioeventfds."""
-        return tuple(
-            (Doorbell(spec.MMIO_QUEUE_NOTIFY, 4, index), fd) for index, fd in enumerate(self._state.doorbells)
+        """What the window is bound to; its doorbells are the values of QueueNotify."""
+        doorbells = (
+            (Doorbell(spec.MMIO_QUEUE_NOTIFY, 4, index), event.fd)
+            for index, event in enumerate(self._state.doorbells)
         )
+        return MmioHandler(self.read, self.write, tuple(doorbells))
 
     def read(self, offset: int, size: int) -> int:
         """A register or a piece of the configuration."""

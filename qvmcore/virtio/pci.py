@@ -13,7 +13,6 @@ from __future__ import annotations
 import struct
 
 from qvmcore.errors import PluginError
-from qvmcore.events import EventFd
 from qvmcore.pci import spec as pci
 from qvmcore.pci.bar import Bar
 from qvmcore.pci.capability import Capability
@@ -72,27 +71,20 @@ class PciTransport:
         interrupts = PciInterrupts(queues + 1)
         self._vectors = Vectors(interrupts, queues)
         self._common = CommonConfig(vdev.virtio, self._vectors)
+        # A notification of 32 bits carries the position too (4.1.5.2); its address says the queue.
+        self._state.attach(self, 1 << spec.VIRTIO_F_NOTIFICATION_DATA)
         access = ConfigAccess(STRUCTURES_BAR)
+        structures = MmioHandler(self.read, self.write, self._doorbells())
         #: The function with its configuration space.
         self.function = PciFunction(
             identity_of(type(vdev)),
             class_of(type(vdev)),
-            bars=[Bar(STRUCTURES_BAR, STRUCTURES, MmioHandler(self.read, self.write), wide=True)],
+            bars=[Bar(STRUCTURES_BAR, STRUCTURES, structures, wide=True)],
             capabilities=[*_structures(queues, config_length), access.capability],
             interrupts=interrupts,
             msix_bar=MSIX_BAR,
         )
         access.connect(self.function)
-        # A notification of 32 bits carries the position too (4.1.5.2).
-        self._state.attach(self, 1 << spec.VIRTIO_F_NOTIFICATION_DATA)
-
-    def doorbells(self) -> tuple[tuple[Doorbell, EventFd], ...]:
-        """The notification addresses in BAR 0 and what each signals, for an engine with ioeventfds."""
-        return tuple(
-            (Doorbell(NOTIFY + NOTIFY_OFF_MULTIPLIER * index, size), fd)
-            for index, fd in enumerate(self._state.doorbells)
-            for size in (2, 4)
-        )
 
     def read(self, offset: int, size: int) -> int:
         """A load from BAR 0."""
@@ -129,6 +121,14 @@ class PciTransport:
         self._vectors.reset()
 
     # ---- inside ----------------------------------------------------------------------------------
+
+    def _doorbells(self) -> tuple[tuple[Doorbell, int], ...]:
+        """The notification addresses in BAR 0, and the eventfd each one signals."""
+        return tuple(
+            (Doorbell(NOTIFY + NOTIFY_OFF_MULTIPLIER * index, size), event.fd)
+            for index, event in enumerate(self._state.doorbells)
+            for size in (2, 4)
+        )
 
     def _notify(self, offset: int, size: int, value: int) -> None:
         """Which queue is meant, the address says; 32 bits carry a position behind its number.

@@ -206,8 +206,8 @@ def test_show_json(run: Run) -> None:
     data = json.loads(run("show", "vm.toml", "--json").out)
     assert data["vdevs"][2] == {
         "name": "disk0", "type": "disk", "loc": 0x1C0D0000, "pci": None, "intr": "gic:41",
-        "on_fault": "isolate",
-        "implicit": False, "distribution": "qvm-fake", "version": "1.2", "source": "vm.toml:6",
+        "on_fault": "isolate", "implicit": False, "space": "mem",
+        "distribution": "qvm-fake", "version": "1.2", "source": "vm.toml:6",
     }  # fmt: skip
     ram = {"start": 0x40000000, "end": 0x44000000, "size": 64 << 20, "kind": "ram", "owner": "ram"}
     assert ram in data["memory"]

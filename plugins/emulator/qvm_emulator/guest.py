@@ -73,6 +73,9 @@ class GicLine:
 class EmulatedGuest:
     """Implements the core's Guest protocol."""
 
+    #: Every access of an emulated CPU comes through Python.
+    fast_doorbells = False
+
     def __init__(self, config: GuestConfig, cpu_class: type[Cpu]) -> None:
         self._config = config
         if len(config.controllers) != 1 or config.controllers[0].kind != "gicv2":

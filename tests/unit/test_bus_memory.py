@@ -55,6 +55,29 @@ def test_overlap_is_refused_and_names_both() -> None:
         bus.insert(0x9000, Window(0x100), device.handler, "late")
 
 
+def test_an_observer_hears_of_every_window_once() -> None:
+    bus, device, heard = AddressSpace(), Recorder(), list[tuple[str, str]]()
+    bus.insert(0x1000, Window(0x100), device.handler, "early")
+    bus.observe(lambda each: heard.append(("+", each.owner)), lambda each: heard.append(("-", each.owner)))
+    bus.insert(0x2000, Window(0x100), device.handler, "later")
+    bus.freeze()
+    bar = bus.place(0x3000, Window(0x100), device.handler, "bar")
+    bus.remove(bar)
+    bus.remove(bar)
+    assert heard == [("+", "early"), ("+", "later"), ("+", "bar"), ("-", "bar")]
+    with pytest.raises(ValueError, match="observer already"):
+        bus.observe(lambda each: None, lambda each: None)
+
+
+def test_a_refused_window_is_not_heard_of() -> None:
+    bus, device, heard = AddressSpace(), Recorder(), list[str]()
+    bus.observe(lambda each: heard.append(each.owner), lambda each: None)
+    bus.insert(0x1000, Window(0x100), device.handler, "first")
+    with pytest.raises(ValueError, match="overlaps"):
+        bus.place(0x1080, Window(0x100), device.handler, "second")
+    assert heard == ["first"]
+
+
 def test_windows_may_come_and_go_after_the_freeze() -> None:
     bus, fixed, device = AddressSpace(), Recorder(), Recorder()
     bus.insert(0x1000, Window(0x100), fixed.handler, "fixed")

@@ -382,3 +382,18 @@ def test_a_terminal_claimed_twice_is_an_error_that_names_the_other(folder: Path)
     assert "vm.toml:9: vdev[1] (pl011): standard input is already used by vdev[0] (pl011)" in errors(
         folder, BASE + STDIO + SECOND
     )
+
+
+@pytest.mark.parametrize(
+    ("loc", "message"),
+    [
+        ("io:0x3f8", "loc: io:0x3f8 is an I/O port, and arm64-virt has none"),
+        ("io:x", "loc: expected a whole number, not 'x'"),
+    ],
+)
+def test_a_port_on_a_board_without_ports(folder: Path, loc: str, message: str) -> None:
+    text = (
+        BASE + f'[[vdev]]\ntype = "disk"\nname = "d"\nhostdev = "disk.img"\nloc = "{loc}"\nintr = "gic:41"\n'
+    )
+    found = errors(folder, text)
+    assert any(message in problem for problem in found), found

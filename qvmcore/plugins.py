@@ -46,7 +46,11 @@ KNOWN = {
     "pci-dummy": "qvm-pci-dummy",
     "pl011": "qvm-primecell",
     "pl061": "qvm-primecell",
+    "ser8250": "qvm-pc",
+    "mc146818": "qvm-pc",
+    "acpi-pm": "qvm-pc",
     "emulated": "qvm-emulator",
+    "kvm": "qvm-kvm",
     "guest": "qvm-guests",
 }
 

@@ -1,0 +1,142 @@
+"""Tests in the rig: the files in ``inside/`` are collected here and run in the machine.
+
+The machine is started when the first of them is due, with all that are selected, and runs them in the
+same order; the reports pytest makes there are handed on here as they come.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qvm_guests.progress import Progress
+from tests.rig import machine
+from tests.rig.results import Results, Silence
+
+INSIDE = Path(__file__).parent / "inside"
+#: Seconds: for one test in the machine; without any news from it; from its start to its end.
+TEST_LIMIT = 300
+PATIENCE = 420.0
+TOTAL_LIMIT = float(os.environ.get("QVM_RIG_LIMIT", "3600"))
+RIG = pytest.StashKey["Rig"]()
+
+
+def is_inside(item: pytest.Item) -> bool:
+    """Whether a test runs in the machine."""
+    return INSIDE in item.path.parents
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Limits of tests in the machine are kept there, and by the watch on it; here they only wait."""
+    for item in items:
+        if is_inside(item):
+            item.add_marker(pytest.mark.timeout(0))
+
+
+class Rig:
+    """The machine of one session, started at its first use. ``problem`` says why there is none."""
+
+    def __init__(self, session: pytest.Session) -> None:
+        self._machine: machine.Machine | None = None
+        self._failed = False
+        self.problem = ""
+        wanted = [item.nodeid for item in session.items if is_inside(item)]
+        self._began = time.monotonic()
+        try:
+            self._machine = machine.start(wanted, Lines(session.config), timeout=TEST_LIMIT)
+        except machine.UnusableError as error:
+            self.problem = str(error)
+        else:
+            self._results = Results(self, patience=PATIENCE)
+
+    @property
+    def results(self) -> Path:
+        """The file the machine's lines come to."""
+        assert self._machine is not None
+        return self._machine.results
+
+    def alive(self) -> bool:
+        """Whether the machine runs and has time left."""
+        assert self._machine is not None
+        return self._machine.process.poll() is None and time.monotonic() - self._began < TOTAL_LIMIT
+
+    def reports(self, item: pytest.Item) -> Any:
+        """The reports of one test, as they come."""
+        if self.problem:
+            # Where tests are what is bought, a rig that cannot run is a failure.
+            yield from made_up(item, "failed" if os.environ.get("CI") else "skipped", self.problem)
+            return
+        hook = item.config.hook
+        seen = False
+        try:
+            for data in self._results.of(item.nodeid):
+                seen = True
+                report = hook.pytest_report_from_serializable(config=item.config, data=data)
+                self._failed |= report.failed
+                yield report
+        except Silence as silence:
+            self._failed = True
+            assert self._machine is not None
+            self._machine.stop()
+            text = f"{silence}\n--- end of {self._machine.console}\n{self._machine.tail()}"
+            yield from made_up(item, "failed", text, when="teardown" if seen else "setup")
+
+    def close(self) -> str:
+        """Stop the machine; its log stays when a test failed. Returns where that is."""
+        if self._machine is None:
+            return ""
+        self._machine.stop()
+        if self._failed:
+            return str(self._machine.folder)
+        shutil.rmtree(self._machine.folder)
+        return ""
+
+
+class Lines(Progress):
+    """What making and starting the machine says, as lines of pytest's terminal."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        super().__init__()
+        self._config = config
+
+    def note(self, text: str) -> None:
+        """One line."""
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is not None:
+            terminal.ensure_newline()
+            terminal.write_line(f"rig: {text}")
+
+
+def made_up(item: pytest.Item, outcome: Any, text: str, when: Any = "setup") -> Any:
+    """Reports for a test that did not run."""
+    location = (str(item.path), item.location[1] or 0, text)
+    keywords = dict.fromkeys(item.keywords, 1)
+    longrepr: Any = location if outcome == "skipped" else text
+    yield pytest.TestReport(item.nodeid, item.location, keywords, outcome, longrepr, when)
+    if when == "setup":
+        yield pytest.TestReport(item.nodeid, item.location, keywords, "passed", None, "teardown")
+
+
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    """Instead of running a test of the machine here: take its reports from there."""
+    if not is_inside(item):
+        return None
+    stash = item.session.stash
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    if RIG not in stash:
+        stash[RIG] = Rig(item.session)
+    for report in stash[RIG].reports(item):
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """The machine does not outlive the session."""
+    if RIG in session.stash and (folder := session.stash[RIG].close()):
+        Lines(session.config).note(f"logs of the machine with the failed test: {folder}")

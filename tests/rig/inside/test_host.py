@@ -1,0 +1,19 @@
+"""The machine of the rig is what the other tests need: hardware virtualization, with nested paging."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+
+KVM_GET_API_VERSION, KVM_CREATE_VM = 0xAE00, 0xAE01
+
+
+def test_the_machine_has_svm_and_kvm_amd() -> None:
+    assert {"svm", "npt"} <= set(Path("/proc/cpuinfo").read_text().split())
+    assert Path("/sys/module/kvm_amd/parameters/npt").read_text().strip() in ("1", "Y")
+
+
+def test_a_vm_can_be_created() -> None:
+    with open("/dev/kvm", "r+b", buffering=0) as kvm:
+        assert fcntl.ioctl(kvm, KVM_GET_API_VERSION, 0) == 12
+        assert fcntl.ioctl(kvm, KVM_CREATE_VM, 0) > 2

@@ -1,0 +1,150 @@
+"""The rig's machine: an x86-64 PC with AMD's virtualization, emulated by QEMU, whose Linux has KVM.
+
+Its kernel is the guest's own (`qvm guest build debian-amd64`), started with the initramfs of that
+guest plus kvm_amd; a script for it mounts the two disks and starts the tests (see ``inside/``).
+"""
+
+from __future__ import annotations
+
+import base64
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from qvm_guests import build as guests
+from qvm_guests import recipes
+from qvm_guests.progress import Progress
+from qvmcore.api import HostError
+from tests.rig import image, payload
+
+#: Memory of the machine in MiB: guests of 256 MiB, their disks on a tmpfs, Python and pytest.
+MEMORY = 2048
+#: What the session itself and QEMU's translated code need besides.
+MARGIN = 1024
+CPUS = 2
+TOOLS = {
+    "qemu-system-x86_64": "qemu-system-x86",
+    "mke2fs": "e2fsprogs",
+    "apt-get": "apt",
+    "dpkg-deb": "dpkg",
+    "tar": "tar",
+}
+MODULES = ("kvm_amd", "tun")
+
+#: Runs in the initramfs; disks of the nvme driver are there from the start, it is built in.
+SCRIPT = """
+modprobe -a kvm_amd tun || exit
+mount -t ext4 -o ro /dev/nvme0n1 /mnt || exit
+mount -t ext4 -o ro /dev/nvme0n2 /mnt/code || exit
+for name in dev proc sys; do mount --bind /$name /mnt/$name || exit; done
+mkdir -p /dev/pts /dev/shm
+mount -t devpts devpts /mnt/dev/pts
+for name in tmp run root dev/shm; do mount -t tmpfs tmpfs /mnt/$name || exit; done
+ip link set lo up
+exec chroot /mnt /usr/bin/python3 /code/tests/rig/inside/start.py
+"""
+
+
+class UnusableError(Exception):
+    """The rig cannot run here; the text says why and what to do."""
+
+
+def missing(meminfo: str, find: Callable[[str], str | None]) -> str:
+    """Why the rig cannot run on this machine, or an empty text. ``meminfo`` is /proc/meminfo's content."""
+    lacking = [f"{tool} (Debian: {package})" for tool, package in TOOLS.items() if find(tool) is None]
+    if lacking:
+        return f"the rig needs {', '.join(lacking)}"
+    available = next((int(line.split()[1]) for line in meminfo.splitlines() if "MemAvailable" in line), 0)
+    needed = MEMORY + MARGIN
+    if available >> 10 < needed:
+        return f"the rig needs {needed} MiB of free memory, {available >> 10} MiB are available"
+    return ""
+
+
+def check() -> None:
+    """Raise UnusableError when this machine lacks something."""
+    why = missing(Path("/proc/meminfo").read_text(), lambda tool: shutil.which(tool, path=image.SBIN["PATH"]))
+    if why:
+        raise UnusableError(why)
+
+
+class Machine:
+    """One started machine. ``folder`` holds its disks, the console's log and the results."""
+
+    def __init__(self, folder: Path, process: subprocess.Popen[bytes]) -> None:
+        self.folder = folder
+        self.process = process
+        self.console = folder / "console.log"
+        self.results = folder / "results.jsonl"
+
+    def tail(self, lines: int = 60) -> str:
+        """The end of the console's log; of QEMU's own if the machine has not said anything."""
+        for path in (self.console, self.folder / "qemu.log"):
+            if path.exists() and (text := path.read_text(errors="replace")):
+                return "\n".join(text.replace("\r", "").splitlines()[-lines:])
+        return ""
+
+    def stop(self) -> None:
+        """Cut the power, if it still runs."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+def start(tests: Sequence[str], progress: Progress, *, timeout: int) -> Machine:
+    """Make everything that is missing, start the machine and let it run ``tests`` (node ids).
+
+    Raises UnusableError when this machine cannot have a rig.
+    """
+    check()
+    folder = Path(tempfile.mkdtemp(prefix="qvm-rig-"))
+    try:
+        root, python = image.build(progress)
+        recipe = recipes.find("debian-amd64")
+        quiet = Quiet()
+        guests.build(recipe, folder / "guest", quiet)
+        guests.build(recipe, folder / "kernel", quiet, modules=MODULES)
+        with tempfile.TemporaryDirectory(dir=folder) as tree:
+            payload.assemble(Path(tree), folder / "guest", python, tests, timeout=timeout)
+            image.make(folder / "code.img", Path(tree))
+    except HostError as error:
+        shutil.rmtree(folder)
+        raise UnusableError(f"the rig cannot be made: {error}") from error
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    progress.note(f"starting; the console's log is {folder / 'console.log'}")
+    return launch(folder, root)
+
+
+class Quiet(Progress):
+    """Says nothing: making the two initramfs images from the cache takes seconds."""
+
+    def note(self, text: str) -> None:
+        """Drop the line."""
+
+
+def launch(folder: Path, root: Path) -> Machine:
+    """Start QEMU on the files in ``folder``."""
+    script = base64.b64encode(SCRIPT.encode()).decode()
+    command = [
+        "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+        # EPYC is a processor that TCG can emulate with nested paging; "max" is slower.
+        "-machine", "q35", "-cpu", "EPYC,+svm", "-accel", "tcg,thread=multi",
+        "-smp", str(CPUS), "-m", str(MEMORY),
+        "-kernel", str(folder / "kernel/vmlinuz"), "-initrd", str(folder / "kernel/initramfs.cpio.gz"),
+        "-append", f"console=ttyS0 panic=-1 quiet qvm.exec={script}",
+        "-drive", f"file={root},if=none,id=root,format=raw,readonly=on",
+        "-drive", f"file={folder / 'code.img'},if=none,id=code,format=raw,readonly=on",
+        "-device", "nvme,id=nv,serial=rig", "-device", "nvme-ns,drive=root,bus=nv,nsid=1",
+        "-device", "nvme-ns,drive=code,bus=nv,nsid=2",
+        "-serial", f"file:{folder / 'console.log'}", "-serial", f"file:{folder / 'results.jsonl'}",
+    ]  # fmt: skip
+    # QEMU names there what an EPYC has and its emulation has not.
+    with (folder / "qemu.log").open("wb") as complaints:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=complaints, stderr=complaints, env=image.SBIN
+        )
+    return Machine(folder, process)

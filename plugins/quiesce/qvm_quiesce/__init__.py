@@ -1,0 +1,1 @@
+"""Quiescing of physical devices for qvm."""

@@ -27,10 +27,12 @@ class Verdict(enum.Enum):
 
 @dataclass(slots=True)
 class StepEvidence:
-    """One step on one device. ``verdict``: ok, skipped, failed or late; ``seconds`` it took."""
+    """One step on one device. ``verdict``: ok, skipped, failed or late; ``seconds`` it took, and after
+    how many seconds of the whole quiesce it began (``at``)."""
 
     step: str
     verdict: str = "ok"
+    at: float = 0.0
     seconds: float = 0.0
     wrote: list[str] = field(default_factory=list)
     read: list[str] = field(default_factory=list)
@@ -50,11 +52,14 @@ class DeviceEvidence:
 
 @dataclass(slots=True)
 class Evidence:
-    """The record of one quiesce: ``by`` is who did it (vm, guard, command), ``cause`` why."""
+    """The record of one quiesce: ``by`` is who did it (vm, guard, command), ``cause`` why, ``began`` when,
+    in seconds of Unix time. ``keeper`` is the process that holds the memory of quarantined devices."""
 
     vm: str
     by: str
     cause: str
+    began: float = 0.0
+    keeper: int = 0
     devices: list[DeviceEvidence] = field(default_factory=list)
 
     @property
@@ -69,6 +74,8 @@ class Evidence:
             "vm": self.vm,
             "by": self.by,
             "cause": self.cause,
+            "began": self.began,
+            "keeper": self.keeper,
             "verdict": self.verdict.value,
             "devices": [{**asdict(each), "verdict": each.verdict.value} for each in self.devices],
         }

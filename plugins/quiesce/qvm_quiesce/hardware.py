@@ -8,11 +8,24 @@ that it can abandon.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 
 class HardwareError(Exception):
     """An access that the host refused, with the host's reason."""
+
+
+class Handover(NamedTuple):
+    """How another process takes a device over, once it has the descriptors.
+
+    ``adopt`` names a function as ``module:name``; called with ``values`` (JSON-able) and the received
+    descriptors, in order, it gives the Hardware. ``path`` is where Python finds that module.
+    """
+
+    adopt: str
+    path: str
+    values: dict[str, Any]
+    fds: tuple[int, ...]
 
 
 class Hardware(Protocol):
@@ -55,3 +68,13 @@ class Hardware(Protocol):
 
     def unmap_dma(self) -> None:
         """Take that memory away from it. Idempotent."""
+
+    def handover(self) -> Handover:
+        """What the guard needs to act when this process is gone. Descriptors stay this process's own."""
+
+    def surrender(self) -> None:
+        """Give the device back to the host's kernel, which then does its own part; but keep the memory
+        where the device may still write to it. Idempotent."""
+
+    def close(self) -> None:
+        """Give back the device and its memory. Idempotent."""

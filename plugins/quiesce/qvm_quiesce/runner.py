@@ -8,6 +8,7 @@ no longer trusted. With a simulated clock (:class:`qvm_quiesce.simulated.FakeClo
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Sequence
 
 from qvm_quiesce import steps as all_steps
@@ -35,6 +36,7 @@ class Quiesce:
     ) -> None:
         self.evidence = Evidence(vm, by, "")
         self._clock = clock or RealClock()
+        self._zero = 0.0
         self._subjects = []
         for hardware, attached, policy in devices:
             record = DeviceEvidence(hardware.name, attached.identity)
@@ -45,10 +47,17 @@ class Quiesce:
         #: Devices with a thread that never came back: nothing they do can be believed.
         self._lost: set[str] = set()
 
-    def stop_dma(self, cause: str) -> None:
-        """No device writes to memory any more. Idempotent: a step is never run twice."""
-        self.evidence.cause = self.evidence.cause or cause
-        self._run(all_steps.STOP_DMA)
+    def stop_dma(self, cause: str, *, at_once: bool = False) -> None:
+        """No device writes to memory any more. Idempotent: a step is never run twice.
+
+        ``at_once``: bus mastering goes off before anything else, the soft stop included: nobody is
+        left who could care for what the devices were doing.
+        """
+        if not self.evidence.began:
+            self.evidence.cause, self.evidence.began = cause, time.time()
+            self._zero = self._clock.now()
+        order = all_steps.STOP_DMA
+        self._run(order[-1:] + order[:-1] if at_once else order)
 
     def prove(self) -> Verdict:
         """Interrupts off, reset, proof, and the verdict. Idempotent."""
@@ -67,7 +76,7 @@ class Quiesce:
     def _all(self, step: Step) -> None:
         works = []
         for subject in self._subjects:
-            evidence = StepEvidence(step.name)
+            evidence = StepEvidence(step.name, at=self._clock.now() - self._zero)
             subject.evidence.steps.append(evidence)
             if subject.name in self._lost:
                 evidence.verdict, evidence.detail = "skipped", "an earlier step never came back"

@@ -11,21 +11,28 @@ With a :class:`FakeClock` its time passes when somebody sleeps; with a real one 
 from __future__ import annotations
 
 import math
+import mmap
+import os
 import struct
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from qvm_quiesce import pci
-from qvm_quiesce.clock import Clock
-from qvm_quiesce.hardware import HardwareError
+from qvm_quiesce.clock import Clock, RealClock
+from qvm_quiesce.hardware import Handover, HardwareError
 
 #: Bytes of the buffer: configuration space, BAR 0, own state.
 CONFIG, BAR, STATE = 4096, 4096, 64
 BUFFER_SIZE = CONFIG + BAR + STATE
+#: Bytes of memory its DMA can reach.
+MEMORY = 64 * 1024
 #: Offsets in the state: interrupts counted; reset until, awake until (seconds, f64); flags.
 _INTERRUPTS, _BUSY_UNTIL, _FLAGS = CONFIG + BAR, CONFIG + BAR + 8, CONFIG + BAR + 16
-_RESET_DONE, _FROZEN, _REVOKED, _UNMAPPED, _DROPPED = 1, 2, 4, 8, 16
+_RESET_DONE, _FROZEN, _REVOKED, _UNMAPPED, _DROPPED, _CLOSED = 1, 2, 4, 8, 16, 32
+_SURRENDERED = 64
 
 PM_AT, MSI_AT, MSIX_AT, EXPRESS_AT = 0x40, 0x50, 0x60, 0x70
 ATS_AT = 0x100
@@ -89,8 +96,8 @@ class FakeClock:
 class SimulatedDevice:
     """Implements :class:`qvm_quiesce.hardware.Hardware`. Any thread.
 
-    ``buffer`` has BUFFER_SIZE bytes and ``memory`` is what its DMA writes to; give both to share the
-    device with another process, which passes ``fresh=False``.
+    ``fds`` are a buffer of BUFFER_SIZE bytes and the memory its DMA writes to, both mapped shared; a
+    process that takes over a device that exists passes ``fresh=False``. See :func:`shared`.
     """
 
     def __init__(
@@ -101,8 +108,7 @@ class SimulatedDevice:
         *,
         nvme: bool = False,
         resets: Sequence[str] = ("flr",),
-        buffer: memoryview | None = None,
-        memory: memoryview | None = None,
+        fds: tuple[int, ...] = (),
         fresh: bool = True,
     ) -> None:
         self.name = name
@@ -110,8 +116,12 @@ class SimulatedDevice:
         self.clock = clock or FakeClock()
         self.resets = tuple(resets)
         self._nvme = nvme
-        self._buffer = memoryview(bytearray(BUFFER_SIZE)) if buffer is None else buffer
-        self._memory = memoryview(bytearray(64 * 1024)) if memory is None else memory
+        self._fds = fds
+        buffers = [memoryview(mmap.mmap(fd, 0)) for fd in fds]
+        self._buffer, self._memory = buffers or (
+            memoryview(bytearray(BUFFER_SIZE)),
+            memoryview(bytearray(MEMORY)),
+        )
         self._lock = threading.RLock()
         if isinstance(self.clock, FakeClock):
             self.clock.devices.append(self)
@@ -198,6 +208,27 @@ class SimulatedDevice:
         """Remembered: see :meth:`done`."""
         self._flag(_UNMAPPED, True)
 
+    def handover(self) -> Handover:
+        """The descriptors of its buffer and its memory. Raises HardwareError without any."""
+        if len(self._fds) != 2:
+            raise HardwareError(f"{self.name} was not made by shared(): nobody else can reach it")
+        values = {
+            "name": self.name,
+            "faults": {**asdict(self.faults)},
+            "nvme": self._nvme,
+            "resets": list(self.resets),
+        }
+        path = str(Path(__file__).parents[1])
+        return Handover("qvm_quiesce.simulated:adopt", path, values, self._fds)
+
+    def surrender(self) -> None:
+        """Remembered: see :meth:`done`."""
+        self._flag(_SURRENDERED, True)
+
+    def close(self) -> None:
+        """Remembered: see :meth:`done`."""
+        self._flag(_CLOSED, True)
+
     # -- the device itself -------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -238,12 +269,14 @@ class SimulatedDevice:
     def done(self) -> dict[str, bool]:
         """What the host has taken away from it."""
         flags = self._get(_FLAGS, 1)
-        names = (
-            ("revoked", _REVOKED),
-            ("unmapped", _UNMAPPED),
-            ("dropped", _DROPPED),
-            ("reset", _RESET_DONE),
-        )
+        names = {
+            "revoked": _REVOKED,
+            "unmapped": _UNMAPPED,
+            "dropped": _DROPPED,
+            "reset": _RESET_DONE,
+            "closed": _CLOSED,
+            "surrendered": _SURRENDERED,
+        }
         return {name: bool(flags & bit) for name, bit in names.items()}
 
     # -- inside ------------------------------------------------------------------------------------
@@ -305,3 +338,19 @@ class SimulatedDevice:
 
     def _put_f64(self, offset: int, value: float) -> None:
         struct.pack_into("<d", self._buffer, offset, value)
+
+
+def shared(name: str, faults: Faults | None = None, **more: Any) -> SimulatedDevice:
+    """A device in real time that another process can take over; the descriptors stay open."""
+    fds = []
+    for size in (BUFFER_SIZE, MEMORY):
+        fd = os.memfd_create(f"simulated-{name}", os.MFD_CLOEXEC)
+        os.ftruncate(fd, size)
+        fds.append(fd)
+    return SimulatedDevice(name, faults, RealClock(), fds=tuple(fds), **more)
+
+
+def adopt(values: dict[str, Any], fds: Sequence[int]) -> SimulatedDevice:
+    """The device of another process; see :meth:`SimulatedDevice.handover`."""
+    faults = Faults(**values.pop("faults"))
+    return SimulatedDevice(faults=faults, clock=RealClock(), fds=tuple(fds), fresh=False, **values)

@@ -49,7 +49,7 @@ def test_a_good_device_is_quiesced_and_stays_quiet() -> None:
         "decode-off": "ok", "drain": "ok", "wake": "ok", "reset": "ok", "verify": "ok", "unmap": "ok",
         "restore": "ok",
     }  # fmt: skip
-    assert device.done == {"revoked": True, "unmapped": True, "dropped": True, "reset": True}
+    assert device.done == {"revoked": True, "unmapped": True, "dropped": True, "reset": True, "closed": False}
     settle(device)
     assert quiesce.evidence.verdict is Verdict.QUIESCED
 

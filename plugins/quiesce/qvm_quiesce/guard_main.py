@@ -1,0 +1,151 @@
+"""The guard process: waits for the end of a VM process and quiesces its devices if nobody else did.
+
+It imports no more than it needs and holds: the devices' descriptors, a pidfd of the VM, one socket. It
+ends when it is told ``done``. When the VM is gone without that it acts at once, bus mastering first.
+Whatever it cannot prove quiet it quarantines; and if it fails itself, it closes the descriptors, because
+the kernel only does its own part when nobody holds them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from qvm_quiesce.attach import AttachRecord
+from qvm_quiesce.hardware import Hardware
+from qvm_quiesce.runner import Quiesce
+from qvm_quiesce.subject import Policy
+
+#: Never killed for want of memory before the VM is: -1000 would need privilege, which it may not have.
+_OOM_SCORES = ("-1000", "-900", "0")
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE, signal.SIGUSR1)
+
+
+def main(fd: int) -> None:
+    """Run until the VM is done or gone. Never raises; the exit status says how it went."""
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    _stay_alive()
+    channel = socket.socket(fileno=fd)
+    try:
+        brief, fds = _receive(channel)
+        devices = _adopt(brief["devices"], fds[1:])
+        quiesce = Quiesce(brief["vm"], "guard", devices)
+    except Exception as error:
+        channel.send(f"{type(error).__name__}: {error}".encode()[:4000])
+        sys.exit(1)
+    channel.send(b"watching")
+    hardware = [each for each, _, _ in devices]
+    keep = _wait(channel, fds[0])
+    if keep is None:
+        keep = _act(quiesce, hardware, Path(brief["state"]))
+    for each in hardware:
+        # The kernel does its own part when the last descriptor is closed: it may help, and harms nothing.
+        if each.name in keep:
+            each.surrender()
+        else:
+            each.close()
+    if keep:
+        _keep_memory()
+    sys.exit(8 if keep else 0)
+
+
+def _act(quiesce: Quiesce, hardware: list[Hardware], state: Path) -> set[str]:
+    """Quiesce, record it, and say which devices' memory has to be kept."""
+    try:
+        quiesce.stop_dma("the VM process is gone", at_once=True)
+        quiesce.prove()
+    except BaseException:
+        # The last line: without a holder the kernel clears bus mastering and resets by itself.
+        for each in hardware:
+            each.surrender()
+        raise
+    from qvm_quiesce import state as files
+    from qvm_quiesce.evidence import Verdict
+
+    evidence = quiesce.evidence
+    keep = {device.device for device in evidence.devices if device.verdict is Verdict.QUARANTINED}
+    evidence.keeper = os.getpid() if keep else 0
+    try:
+        files.keep(evidence, state)
+    except OSError as error:
+        print(f"qvm guard: {evidence.vm}: cannot write the evidence: {error}", file=sys.stderr)
+    for device in evidence.devices:
+        if device.verdict is not Verdict.QUIESCED:
+            text = f"{device.device}: {device.verdict.value}: {device.reason}"
+            print(f"qvm guard: {evidence.vm}: {text}", file=sys.stderr)
+    return keep
+
+
+def _keep_memory() -> None:
+    """Live on, with nothing but the memory, until somebody releases the devices (SIGTERM)."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    while True:
+        signal.pause()
+
+
+def _wait(channel: socket.socket, pidfd: int) -> set[str] | None:
+    """What the VM says must be kept when its plan has run; None when it is gone without a word."""
+    poll = select.poll()
+    for fd in (channel.fileno(), pidfd):
+        poll.register(fd, select.POLLIN)
+    while True:
+        ready = {fd for fd, _ in poll.poll()}
+        if channel.fileno() in ready:
+            try:
+                word = channel.recv(65536)
+            except OSError:
+                return None
+            return set(json.loads(word)["keep"]) if word else None
+        if pidfd in ready:
+            return None
+
+
+def _receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """The briefing and the descriptors."""
+    size = int.from_bytes(channel.recv(4), "little")
+    text = b""
+    while len(text) < size:
+        part = channel.recv(65536)
+        if not part:
+            raise EOFError("the VM ended before it said what to guard")
+        text += part
+    brief = json.loads(text)
+    fds: list[int] = []
+    while len(fds) < brief["fds"]:
+        data, more, _, _ = socket.recv_fds(channel, 16, 253)
+        if not data:
+            raise EOFError("the VM ended before it handed its devices over")
+        fds += more
+    return brief, fds
+
+
+def _adopt(entries: list[dict[str, Any]], fds: list[int]) -> list[tuple[Hardware, AttachRecord, Policy]]:
+    devices = []
+    for entry in entries:
+        module, name = entry["adopt"].split(":")
+        own, fds = fds[: entry["fds"]], fds[entry["fds"] :]
+        hardware: Hardware = getattr(importlib.import_module(module), name)(entry["values"], own)
+        policy = Policy(**{**entry["policy"], "script": tuple(entry["policy"]["script"])})
+        devices.append((hardware, AttachRecord.from_json(entry["attached"]), policy))
+    return devices
+
+
+def _stay_alive() -> None:
+    for score in _OOM_SCORES:
+        try:
+            fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
+            try:
+                os.write(fd, score.encode())
+            finally:
+                os.close(fd)
+            return
+        except OSError:
+            continue

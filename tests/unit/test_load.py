@@ -172,7 +172,8 @@ def test_elf(load: Loader) -> None:
                                      "below 2 MiB"),
         (image(size=64 * MIB), "DIR/Image: the kernel with its work space (64M at 0x40000000) does not fit "
                                "into RAM; RAM is [0x40000000, 0x41000000); give the guest more"),
-        (elf(machine=62), "DIR/Image: an ELF file for EM_X86_64, not for AArch64"),
+        (elf(machine=62), "DIR/Image: an ELF file for EM_X86_64, not for AArch64; "
+                          'write board = "x86_64-pc" instead of "arm64-virt"'),
         (elf(address=0), "DIR/Image: the ELF segment [0x0, +0x3000) is not in RAM; "
                          "RAM is [0x40000000, 0x41000000); give the guest more"),
         (elf(entry=0x10), "DIR/Image: the entry point 0x10 of the ELF file is not in RAM"),

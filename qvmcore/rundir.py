@@ -103,10 +103,10 @@ class RunDirectory:
 
 def base() -> Path:
     """The directory that holds one directory per running VM of this user."""
-    given = os.environ.get("XDG_RUNTIME_DIR", "")
+    given = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
     # With sudo the variable may still name the directory of somebody else.
-    if os.path.isabs(given) and _belongs_to_us(given):
-        return Path(given, "qvm")
+    if given.is_absolute() and _belongs_to_us(given):
+        return given / "qvm"
     return Path("/run/qvm") if os.geteuid() == 0 else Path(f"/tmp/qvm-{os.geteuid()}")
 
 
@@ -185,9 +185,9 @@ def _pid(fd: int) -> int:
         return 0
 
 
-def _belongs_to_us(path: str) -> bool:
+def _belongs_to_us(path: Path) -> bool:
     try:
-        info = os.stat(path)
+        info = path.stat()
     except OSError:
         return False
     return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid()

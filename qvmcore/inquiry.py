@@ -64,7 +64,7 @@ class _Question:
     def _run(self) -> None:
         try:
             # JSON and back here, not later: whatever the values do when looked at, they do it here.
-            text = json.dumps(dict(self._status()), default=str)
+            text = json.dumps(dict(self._status()), default=str, allow_nan=False)
             if len(text) > SIZE_LIMIT:
                 self._answer = Answer({}, f"status() gave {len(text)} characters, {SIZE_LIMIT} is the limit")
             else:

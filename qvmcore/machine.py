@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qvmcore import boards
+from qvmcore.acpi import AcpiTables
 from qvmcore.bind import DefaultBindings, bind_irqs, bind_windows
 from qvmcore.bind_pci import PciBinding
 from qvmcore.boards import Board, DescribedVdev
@@ -62,7 +63,7 @@ class Outcome:
 
 
 class Machine:
-    """One VM. Make it with :meth:`build`, use :meth:`fdt` or :meth:`run` once, on the main thread."""
+    """One VM, from :meth:`build`. Use :meth:`fdt`, :meth:`acpi` or :meth:`run` once, main thread."""
 
     def __init__(self, spec: MachineSpec, host: PluginHost, board: Board) -> None:
         self.spec = spec
@@ -100,6 +101,10 @@ class Machine:
     def fdt(self) -> bytes:
         """The device tree the guest would get, without a loaded initrd's addresses."""
         return self.board.build_fdt(self.spec, self._described())
+
+    def acpi(self) -> AcpiTables:
+        """The ACPI tables the guest would get."""
+        return self.board.build_acpi(self.spec, self._described())
 
     def end(self, end: GuestEnd) -> None:
         """Ask for the end of the VM; the first one decides. Any thread."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from qvmcore.acpi import AcpiTables
 from qvmcore.engine import Controller, CpuEntry, MsiFrame
 from qvmcore.memory import GuestMemory
 from qvmcore.types import IntrSpec, MachineSpec, MemorySpec, VdevSpec
@@ -124,6 +125,12 @@ class Board(Protocol):
         """The device tree blob of the whole machine; ``placement`` None = nothing loaded.
 
         Raises QvmError on a board that is not described by a device tree.
+        """
+
+    def build_acpi(self, spec: MachineSpec, vdevs: Sequence[DescribedVdev]) -> AcpiTables:
+        """The ACPI tables of the whole machine.
+
+        Raises QvmError on a board that is not described by ACPI, or when the tables are too large.
         """
 
     def load(self, spec: MachineSpec, vdevs: Sequence[DescribedVdev], memory: GuestMemory) -> CpuEntry:

@@ -20,6 +20,7 @@ _OWN = {
     "plugins": "plugins",
     "vdev": "vdev",
     "fdt": "fdt",
+    "acpi": "acpi",
     "doctor": "doctor",
     "completion": "completion",
 }

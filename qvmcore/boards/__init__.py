@@ -146,7 +146,13 @@ def _arm64_virt() -> Board:
     return Arm64Virt()
 
 
-_BOARDS: Mapping[str, Callable[[], Board]] = {"arm64-virt": _arm64_virt}
+def _x86_64_pc() -> Board:
+    from qvmcore.boards.x86_64_pc import X86Pc
+
+    return X86Pc()
+
+
+_BOARDS: Mapping[str, Callable[[], Board]] = {"arm64-virt": _arm64_virt, "x86_64-pc": _x86_64_pc}
 
 
 def names() -> tuple[str, ...]:

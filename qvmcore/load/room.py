@@ -39,8 +39,8 @@ class Room:
             for other in self._taken:
                 if each.start < other.end and other.start < each.end:
                     raise QvmError(
-                        f"{what} [{each.start:#x}, {each.end:#x}) overlaps {other.what}"
-                        f" [{other.start:#x}, {other.end:#x})",
+                        f"{what} [{each.start:#x}, {each.end:#x}) and {other.what}"
+                        f" [{other.start:#x}, {other.end:#x}) overlap",
                         hint="load the kernel elsewhere",
                     )
         self._taken += new

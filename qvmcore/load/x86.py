@@ -82,7 +82,7 @@ class _Loader:
         self._spec, self._memory, self._rsdp = spec, memory, acpi.rsdp_address
         self._room = Room(memory)
         blobs = [(address, len(data)) for address, data in acpi.blobs]
-        self._room.take("the ACPI tables", blobs)
+        self._room.take("an ACPI table", blobs)
         for address, data in acpi.blobs:
             memory.write(address, data)
         self._map = x86_boot.memory_map(memory, blobs)

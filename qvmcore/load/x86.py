@@ -137,7 +137,10 @@ class _Loader:
         return CpuEntry(address, {"rflags": _RFLAGS}, mode)
 
     def _take_raw(self, path: Path, address: int) -> None:
-        self._room.take(f"{path}: the kernel", [(address, file_size(path))])
+        size = file_size(path)
+        if not size:
+            raise QvmError(f"{path}: there is nothing to start: the file is empty")
+        self._room.take(f"{path}: the kernel", [(address, size)])
         load_file(path, self._memory, address, "kernel")
 
     def _start(self, path: Path, mode: str, pc: int) -> CpuEntry:

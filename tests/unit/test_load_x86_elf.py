@@ -188,6 +188,12 @@ def test_raw_that_cannot_be_started(load: Loader, arguments: dict[str, object], 
     assert load.error(b"\xf4\xf4", kind="raw", **arguments) == message
 
 
+def test_raw_of_no_bytes_is_refused(load: Loader) -> None:
+    text = "DIR/kernel: there is nothing to start: the file is empty"
+    assert load.error(b"", kind="raw", address=64 * MIB) == text
+    assert load.error(b"", kind="raw", address=0) == text
+
+
 def test_raw_above_4_gib_is_out_of_reach(tmp_path: Path) -> None:
     memory = GuestMemory.allocate([MemorySpec(0, MIB), MemorySpec(1 << 32, MIB)])
     assert Loader(tmp_path, memory).error(b"\xf4", kind="raw", address=1 << 32) == (

@@ -127,6 +127,7 @@ def test_the_end_does_not_wait_for_a_report_that_hangs(monkeypatch: pytest.Monke
     with ControlServer("vm", report):
         sock = client()
         assert asked.wait(10)
+    assert "control" in [thread.name for thread in threading.enumerate()]
     assert rundir.running() == []
     release.set()
     sock.close()
@@ -138,7 +139,7 @@ def test_the_end_does_not_wait_for_a_report_that_hangs(monkeypatch: pytest.Monke
         (b"", "no status report"),
         (b"[1]", "no status report"),
         (b"\xff", "no status report"),
-        (b"x" * 5000, "no status report"),
+        (b'{"x": "' + b"x" * 5000 + b'"}', "no status report"),
         (None, "does not answer within"),
     ],
     ids=["nothing", "no object", "no text", "too long", "silence"],
@@ -186,6 +187,17 @@ def test_no_run_directory_is_a_warning_and_nothing_is_left_open(
     with ControlServer("vm", lambda name: {}):
         assert len(os.listdir("/proc/self/fd")) == before
     assert f"'qvm status' will not find this VM: the run directory {place} is open" in caplog.text
+
+
+def test_a_socket_that_cannot_be_is_a_warning_and_nothing_is_left(
+    place: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "_address", lambda directory: "x" * 200)
+    before = len(os.listdir("/proc/self/fd"))
+    with ControlServer("vm", lambda name: {}):
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert list(place.iterdir()) == []
+    assert "'qvm status' will not find this VM: AF_UNIX path too long" in caplog.text
 
 
 # -- the machine behind it -----------------------------------------------------------------------

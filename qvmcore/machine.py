@@ -294,6 +294,7 @@ class Machine:
                 guest.close()
             except Exception:
                 log.exception("end: cannot close the engine")
+        if stopped:
             workers_quiet = all(s.verdict == "ok" for s in steps if s.phase <= Phase.STOP_WORKERS)
             if workers_quiet:
                 # With a thread still inside guest memory the mapping stays until the process ends.

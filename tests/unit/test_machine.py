@@ -413,7 +413,7 @@ def test_an_engine_that_cannot_build_a_guest_leaves_nothing_open(tmp_path: Path)
     assert not vm.started
     (region,) = vm._memory.regions
     assert region.fd == -1
-    assert probe(vm).life == ["terminate"]
+    assert probe(vm).life == []
 
 
 class BadEnd(Probe):

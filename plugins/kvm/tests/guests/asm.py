@@ -12,6 +12,8 @@ are there in every mode::
     pin 5, 0x45     the IOAPIC's input 5 becomes vector 0x45; third argument: further bits of the entry
     gate 0x45, h    vector 0x45 goes to h                    (after idt, which loads the table)
 
+    iret_32         return from an interrupt in 32-bit mode, where kvm_pvm has no IRET
+
 All of them use eax and edx (rax, rdx) only, ``eoi`` none.
 """
 
@@ -28,7 +30,7 @@ from pathlib import Path
 import pytest
 
 #: Where the text runs, and where its stack begins, growing downwards.
-ORIGIN, STACK = 0x2000, 0x2000
+ORIGIN, STACK = 0x2000, 0x1000
 #: What the host writes beside it: descriptors, long mode's tables.
 GDT, TABLES = 0x500, 0x10000
 #: Room for the guest's table of interrupts (in real mode it is at 0).
@@ -67,6 +69,15 @@ _FLAT = """
         .endm
         .macro  eoi
         movl    $0, 0xfee000b0
+        .endm
+        .macro  iret_32
+        movl    8(%esp), %edx
+        movl    (%esp), %eax
+        movl    %eax, 8(%esp)
+        movl    %edx, 4(%esp)
+        addl    $4, %esp
+        popfl
+        ret
         .endm
         .macro  pin number, vector, flags=0
         movl    $(0x11 + 2 * \\number), 0xfec00000
@@ -134,10 +145,10 @@ _FLAT64 = """
         pop     %rdx
         .endm
         .macro  pin number, vector, flags=0
-        poke    0xfec00000, 0x11 + 2 * \\number
+        poke    0xfec00000, (0x11+2*\\number)
         poke    0xfec00010, 0
-        poke    0xfec00000, 0x10 + 2 * \\number
-        poke    0xfec00010, \\vector | \\flags
+        poke    0xfec00000, (0x10+2*\\number)
+        poke    0xfec00010, (\\vector|\\flags)
         .endm
 """
 _PRELUDES = {

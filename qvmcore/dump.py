@@ -10,6 +10,7 @@ import os
 import struct
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from qvmcore.errors import HostError
@@ -19,10 +20,35 @@ _EHDR = struct.Struct("<16sHHIQQQIHHHHHH")
 _PHDR = struct.Struct("<IIQQQQQQ")
 _NHDR = struct.Struct("<III")
 _ET_CORE, _PT_LOAD, _PT_NOTE, _NT_PRSTATUS = 4, 1, 4, 1
-_MACHINES = {"aarch64": 183}
-#: struct elf_prstatus of Linux/arm64: pr_reg is 34 64-bit registers behind 112 bytes, 392 in all.
-_PRSTATUS_REGISTERS, _PRSTATUS_SIZE = 112, 392
-_AARCH64_REGISTERS = (*(f"x{number}" for number in range(31)), "sp", "pc", "pstate")
+#: struct elf_prstatus of 64-bit Linux: pr_pid, pr_reg, and pr_fpvalid with its padding behind that.
+_PRSTATUS_PID, _PRSTATUS_REGISTERS, _PRSTATUS_REST = 32, 112, 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Arch:
+    """What a core says of its architecture: e_machine, and pr_reg by the names of ``Guest.registers``."""
+
+    machine: int
+    registers: tuple[str, ...]
+
+    @property
+    def prstatus_size(self) -> int:
+        return _PRSTATUS_REGISTERS + 8 * len(self.registers) + _PRSTATUS_REST
+
+
+_ARCHS = {
+    # struct user_pt_regs
+    "aarch64": _Arch(183, (*(f"x{number}" for number in range(31)), "sp", "pc", "pstate")),
+    # struct user_regs_struct; a stopped vCPU has no orig_rax
+    "x86_64": _Arch(
+        62,
+        (
+            *("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8"),
+            *("rax", "rcx", "rdx", "rsi", "rdi", "orig_rax", "rip", "cs", "rflags", "rsp", "ss"),
+            *("fs_base", "gs_base", "ds", "es", "fs", "gs"),
+        ),
+    ),
+}
 _PAGE = 4096
 #: Compared with memory at a time; a multiple of the page.
 _CHUNK = 64 * 1024
@@ -35,15 +61,17 @@ def write_dump(
     """Write a core of the stopped guest into ``folder`` and return its path.
 
     ``cpus`` are the registers of each vCPU by name, as ``Guest.registers`` gives them. Raises
-    HostError when the file cannot be written; nothing is left of it then.
+    HostError when the file cannot be written; nothing is left of it then. Which register goes where
+    is known for the architectures in ``_ARCHS``; one that is not among the names given is 0.
     """
+    layout = _ARCHS[arch]
     path, fd = _create(folder, name)
     try:
         with os.fdopen(fd, "wb") as file:
-            notes = b"".join(_prstatus(number, registers) for number, registers in enumerate(cpus))
+            notes = b"".join(_prstatus(layout, number, registers) for number, registers in enumerate(cpus))
             loads = memory.regions
             offset = _EHDR.size + _PHDR.size * (1 + len(loads))
-            file.write(_header(arch, 1 + len(loads)))
+            file.write(_header(layout.machine, 1 + len(loads)))
             file.write(_PHDR.pack(_PT_NOTE, 0, offset, 0, 0, len(notes), 0, 4))
             at = _round_up(offset + len(notes))
             for region in loads:
@@ -77,20 +105,19 @@ def _create(folder: Path, name: str) -> tuple[Path, int]:
     raise HostError(f"cannot write the guest dump: {folder}/{stem}.gcore and its alternates exist")
 
 
-def _header(arch: str, segments: int) -> bytes:
+def _header(machine: int, segments: int) -> bytes:
     identity = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9)
-    machine = _MACHINES[arch]
     return _EHDR.pack(
         identity, _ET_CORE, machine, 1, 0, _EHDR.size, 0, 0, _EHDR.size, _PHDR.size, segments, 0, 0, 0
     )
 
 
-def _prstatus(number: int, registers: Mapping[str, int]) -> bytes:
-    body = bytearray(_PRSTATUS_SIZE)
-    # pr_pid, at byte 32: debuggers list the vCPUs as threads by it.
-    struct.pack_into("<I", body, 32, number + 1)
-    values = (registers.get(name, 0) & (1 << 64) - 1 for name in _AARCH64_REGISTERS)
-    struct.pack_into(f"<{len(_AARCH64_REGISTERS)}Q", body, _PRSTATUS_REGISTERS, *values)
+def _prstatus(layout: _Arch, number: int, registers: Mapping[str, int]) -> bytes:
+    body = bytearray(layout.prstatus_size)
+    # Debuggers list the vCPUs as threads by pr_pid.
+    struct.pack_into("<I", body, _PRSTATUS_PID, number + 1)
+    values = (registers.get(name, 0) & (1 << 64) - 1 for name in layout.registers)
+    struct.pack_into(f"<{len(layout.registers)}Q", body, _PRSTATUS_REGISTERS, *values)
     return _NHDR.pack(5, len(body), _NT_PRSTATUS) + b"CORE\0\0\0\0" + body
 
 

@@ -8,22 +8,27 @@ end is decided in one place and the termination plan runs once, on the main thre
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from qvmcore import boards
+from qvmcore.acpi import AcpiTables
 from qvmcore.bind import DefaultBindings, bind_irqs, bind_windows
 from qvmcore.bind_pci import PciBinding
 from qvmcore.boards import Board, DescribedVdev
 from qvmcore.bus import AddressSpace
 from qvmcore.choose import choose_engine
+from qvmcore.control import ControlServer
 from qvmcore.dump import write_dump
 from qvmcore.engine import Engine, Guest, GuestConfig
 from qvmcore.errors import HostError
+from qvmcore.inquiry import Inquiry, status_lines
 from qvmcore.memory import GuestMemory
 from qvmcore.plugins import PluginHost
 from qvmcore.signals import SignalEvents
@@ -58,7 +63,7 @@ class Outcome:
 
 
 class Machine:
-    """One VM. Make it with :meth:`build`, use :meth:`fdt` or :meth:`run` once, on the main thread."""
+    """One VM, from :meth:`build`. Use :meth:`fdt`, :meth:`acpi` or :meth:`run` once, main thread."""
 
     def __init__(self, spec: MachineSpec, host: PluginHost, board: Board) -> None:
         self.spec = spec
@@ -70,6 +75,10 @@ class Machine:
         self._bindings = DefaultBindings()
         self._memory = GuestMemory()
         self._guest: Guest | None = None
+        self._inquiry = Inquiry()
+        self._engine_name = ""
+        self._state = "starting"
+        self._since = time.monotonic()
         #: Whether the guest was started; decides between exit codes 64 and 96.
         self.started = False
 
@@ -93,9 +102,34 @@ class Machine:
         """The device tree the guest would get, without a loaded initrd's addresses."""
         return self.board.build_fdt(self.spec, self._described())
 
+    def acpi(self) -> AcpiTables:
+        """The ACPI tables the guest would get."""
+        return self.board.build_acpi(self.spec, self._described())
+
     def end(self, end: GuestEnd) -> None:
         """Ask for the end of the VM; the first one decides. Any thread."""
         self._events.put(end)
+
+    def report(self, name: str = "") -> dict[str, Any]:
+        """What SIGUSR1 logs and ``qvm status`` shows, as JSON-able values; within a second, any thread.
+
+        ``name`` is that of the run directory. ``ram`` is in bytes, ``uptime`` in seconds.
+        """
+        spec, state = self.spec, self._state
+        header = {
+            "name": name or spec.name,
+            "vm": spec.name,
+            "pid": os.getpid(),
+            "state": state,
+            "engine": self._engine_name,
+            "board": spec.board,
+            "cpus": spec.cpus,
+            "ram": sum(each.size for each in spec.memory if not each.rom),
+            "uptime": round(time.monotonic() - self._since, 1),
+        }
+        # Before the start and during the end a vdev is half there: it is not asked.
+        alive = state not in ("starting", "ending")
+        return header | self._inquiry.ask(self._guest if alive else None, self.slots if alive else ())
 
     def press_power_button(self) -> None:
         """Press the power button, as SIGTERM does. Any thread."""
@@ -110,13 +144,17 @@ class Machine:
         sys.setswitchinterval(SWITCH_INTERVAL)
         with SignalEvents(self._events.put):
             engine = choose_engine(self._host, self.spec.engine, self.board.arch)
+            self._engine_name = engine.name
             end = GuestEnd(Reason.HOST_ERROR, "not started")
-            try:
-                self._start(engine)
-                end = self._wait()
-            finally:
-                # Also for KeyboardInterrupt, SystemExit and a failed start: nothing may be left.
-                stopped, steps = self._terminate(end)
+            with ControlServer(self.spec.name, self.report):
+                try:
+                    self._start(engine)
+                    self._state = "running"
+                    end = self._wait()
+                finally:
+                    # Also for KeyboardInterrupt, SystemExit and a failed start: nothing may be left.
+                    self._state = "ending"
+                    stopped, steps = self._terminate(end)
         return Outcome(end, steps, stopped)
 
     # -- start ---------------------------------------------------------------------------------
@@ -195,7 +233,8 @@ class Machine:
             if event == "SIGQUIT":
                 return GuestEnd(Reason.SIGQUIT, "power cut by SIGQUIT")
             if event == "SIGUSR1":
-                self._log_status()
+                for line in status_lines(self.report()):
+                    log.info("status: %s", line)
             elif event == "SIGUSR2":
                 self._dump()
             elif deadline is not None:
@@ -206,6 +245,7 @@ class Machine:
                     event,
                     self.spec.shutdown_timeout,
                 )
+                self._state = "powering off"
                 deadline = time.monotonic() + self.spec.shutdown_timeout
             else:
                 return GuestEnd(Reason.POWER_CUT, f"{event}: no vdev can tell the guest; power cut")
@@ -241,18 +281,6 @@ class Machine:
         finally:
             guest.resume()
 
-    def _log_status(self) -> None:
-        if self._guest is not None:
-            log.info("status: guest: %s", dict(self._guest.status()))
-        for slot in self.slots:
-            try:
-                status: object = dict(slot.vdev.status())
-            except Exception as error:
-                status = f"status() raised {type(error).__name__}: {error}"
-            log.info(
-                "status: %s (%s)%s: %s", slot.name, slot.spec.type, " FAILED" if slot.faulted else "", status
-            )
-
     # -- end -----------------------------------------------------------------------------------
 
     def _terminate(self, end: GuestEnd) -> tuple[bool, tuple[StepResult, ...]]:
@@ -266,6 +294,7 @@ class Machine:
                 guest.close()
             except Exception:
                 log.exception("end: cannot close the engine")
+        if stopped:
             workers_quiet = all(s.verdict == "ok" for s in steps if s.phase <= Phase.STOP_WORKERS)
             if workers_quiet:
                 # With a thread still inside guest memory the mapping stays until the process ends.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from qvmcore.acpi import AcpiTables
 from qvmcore.engine import Controller, CpuEntry, MsiFrame
 from qvmcore.memory import GuestMemory
 from qvmcore.types import IntrSpec, MachineSpec, MemorySpec, VdevSpec
@@ -126,6 +127,12 @@ class Board(Protocol):
         Raises QvmError on a board that is not described by a device tree.
         """
 
+    def build_acpi(self, spec: MachineSpec, vdevs: Sequence[DescribedVdev]) -> AcpiTables:
+        """The ACPI tables of the whole machine.
+
+        Raises QvmError on a board that is not described by ACPI, or when the tables are too large.
+        """
+
     def load(self, spec: MachineSpec, vdevs: Sequence[DescribedVdev], memory: GuestMemory) -> CpuEntry:
         """Place what ``spec.load`` names, and the tables that describe the machine.
 
@@ -139,7 +146,13 @@ def _arm64_virt() -> Board:
     return Arm64Virt()
 
 
-_BOARDS: Mapping[str, Callable[[], Board]] = {"arm64-virt": _arm64_virt}
+def _x86_64_pc() -> Board:
+    from qvmcore.boards.x86_64_pc import X86Pc
+
+    return X86Pc()
+
+
+_BOARDS: Mapping[str, Callable[[], Board]] = {"arm64-virt": _arm64_virt, "x86_64-pc": _x86_64_pc}
 
 
 def names() -> tuple[str, ...]:

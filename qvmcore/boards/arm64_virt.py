@@ -22,9 +22,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from qvmcore.acpi import AcpiTables
 from qvmcore.boards import DescribedVdev, ImplicitVdev, PciHost, Placement
 from qvmcore.boards.arm64_pci import describe_pci
 from qvmcore.engine import Controller, CpuEntry, MsiFrame
+from qvmcore.errors import QvmError
 from qvmcore.fdt import DeviceTree, Node
 from qvmcore.layout import place_windows
 from qvmcore.load import load_guest
@@ -84,6 +86,10 @@ class Arm64Virt:
     def load(self, spec: MachineSpec, vdevs: Sequence[DescribedVdev], memory: GuestMemory) -> CpuEntry:
         """By the booting protocol of arm64; see :mod:`qvmcore.load`."""
         return load_guest(spec.load, memory, self, lambda placed: self.build_fdt(spec, vdevs, placed))
+
+    def build_acpi(self, spec: MachineSpec, vdevs: Sequence[DescribedVdev]) -> AcpiTables:
+        """There are none: raises QvmError."""
+        raise QvmError(f"{self.name} is not described by ACPI", hint="qvm fdt writes its device tree")
 
     def build_fdt(
         self, spec: MachineSpec, vdevs: Sequence[DescribedVdev], placement: Placement | None = None

@@ -14,11 +14,14 @@ from qvmcore.errors import PluginError, nearest
 #: Name -> module of qvmcore.cli that holds the command, as an attribute of the same name.
 _OWN = {
     "run": "run",
+    "status": "status",
     "check": "check",
     "show": "show",
     "plugins": "plugins",
     "vdev": "vdev",
     "fdt": "fdt",
+    "acpi": "acpi",
+    "doctor": "doctor",
     "completion": "completion",
 }
 
@@ -89,6 +92,8 @@ def qvm() -> None:
     qvm check vm.toml                       find every mistake in a VM file
     qvm show vm.toml                        memory map, interrupts, vdevs
     qvm vdev virtio-blk                     options of a vdev type
+    qvm status                              running VMs
+    qvm doctor                              what this machine can run, and why not the rest
 
     Exit codes: 0 done, 64 wrong use or cannot start, 65 wrong VM file, 96 failed while running.
     """

@@ -1,4 +1,4 @@
-"""Target for the kernel loader: whatever a file holds, it is placed inside RAM or refused in a sentence."""
+"""Targets for the kernel loaders: whatever a file holds, it is placed inside RAM or refused in a sentence."""
 
 from __future__ import annotations
 
@@ -9,20 +9,26 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from qvmcore import boards
+from qvmcore.acpi import AcpiTables
 from qvmcore.errors import QvmError
-from qvmcore.load import load_guest
+from qvmcore.load.arm64 import load_arm64
+from qvmcore.load.x86 import load_pc
 from qvmcore.memory import GuestMemory
 from qvmcore.types import LoadSpec, MemorySpec
 from tests.fuzz.bytesource import ByteSource
+from tests.unit.x86_files import bzimage, elf32, elf64, elf_note
 
 RAM = MemorySpec(0x4000_0000, 8 << 20)
+PC_RAM = MemorySpec(0, 32 << 20)
+_ACPI = AcpiTables(0xE_0000, ((0xE_0000, b"RSD PTR "),))
+_RAMDISK = b"ramdisk"
 
 
 @cache
-def _place() -> tuple[tempfile.TemporaryDirectory[str], Path, GuestMemory]:
+def _place(ram: MemorySpec) -> tuple[tempfile.TemporaryDirectory[str], Path, GuestMemory]:
     keep = tempfile.TemporaryDirectory(prefix="qvm-fuzz-")
-    return keep, Path(keep.name) / "kernel", GuestMemory.allocate([RAM])
+    (Path(keep.name) / "initrd").write_bytes(_RAMDISK)
+    return keep, Path(keep.name) / "kernel", GuestMemory.allocate([ram])
 
 
 def kernel(data: bytes) -> None:
@@ -32,16 +38,50 @@ def kernel(data: bytes) -> None:
     form = source.pick(("auto", "auto", "linux", "elf", "raw"))
     address = source.value(8) if source.byte() & 1 else None
     content = make(source)
-    _, path, memory = _place()
+    _, path, memory = _place(RAM)
     path.write_bytes(content)
     spec = LoadSpec(path, format=form, address=address)
     try:
-        entry = load_guest(spec, memory, boards.get("arm64-virt"), lambda placement: b"dtb")
+        entry = load_arm64(spec, memory, lambda placement: b"dtb")
     except QvmError as error:
         assert str(error)
     else:
         assert RAM.start <= entry.pc <= RAM.end
         assert memory.contains(entry.registers["x0"], 3)
+
+
+def kernel_x86(data: bytes) -> None:
+    """bzImage and ELF with any field, raw at any address in any mode; and bytes that are nothing."""
+    source = ByteSource(data)
+    make = source.pick((_plain, _bzimage, _elf_x86, _image, _zboot))
+    form = source.pick(("auto", "auto", "linux", "elf", "raw"))
+    mode = source.pick(("", "real16", "protected32", "long64")) if form == "raw" else ""
+    flags = source.byte()
+    address = source.value(8) if flags & 1 else None
+    content = make(source)
+    _, path, memory = _place(PC_RAM)
+    path.write_bytes(content)
+    initrd = path.with_name("initrd") if flags & 2 else None
+    spec = LoadSpec(path, initrd, "quiet" if flags & 4 else "", form, address, mode)
+    try:
+        entry = load_pc(spec, memory, _ACPI)
+    except QvmError as error:
+        assert str(error)
+        return
+    assert memory.contains(entry.pc, 1)
+    assert memory.read(0xE_0000, 8) == b"RSD PTR "
+    if entry.mode == "real16":
+        assert entry.pc < 0x1_0000
+        return
+    assert memory.read(entry.registers["gdt"], 16) == bytes(16)
+    if entry.mode == "long64":
+        params = memory.read(entry.registers["rsi"], 4096)
+        where, size = struct.unpack_from("<I", params, 0x218)[0], struct.unpack_from("<I", params, 0x21C)[0]
+        assert 0 < params[0x1E8] <= 128
+    else:
+        info = struct.unpack("<IIIIQQQQII", memory.read(entry.registers["rbx"], 56))
+        where, size = struct.unpack("<QQ16x", memory.read(info[4], 32)) if info[3] else (0, 0)
+    assert memory.read(where, size) == (_RAMDISK if initrd is not None else b"")
 
 
 def _plain(source: ByteSource) -> bytes:
@@ -89,6 +129,27 @@ def _elf(source: ByteSource) -> bytes:
     )
     segment = struct.pack("<IIQQQQQQ", 1, 5, 120, RAM.start, RAM.start, 8, 8, 0)
     file = bytearray(header + segment + bytes(8))
+    for _ in range(source.byte() % 8):
+        at, size = source.byte() % len(file), source.pick((1, 2, 4, 8))
+        file[at : at + size] = source.value(size).to_bytes(size, "little")
+    return bytes(file + source.rest())
+
+
+def _bzimage(source: ByteSource) -> bytes:
+    """A kernel of 1 KiB with some of its header changed."""
+    file = bytearray(bzimage(patch={0x258: struct.pack("<Q", 2 << 20)}))
+    fields = (0x1F1, 0x1F4, 0x201, 0x206, 0x211, 0x22C, 0x230, 0x234, 0x236, 0x238, 0x258, 0x260)
+    for _ in range(source.byte() % 8):
+        at, size = source.pick(fields), source.pick((1, 2, 4, 8))
+        file[at : at + size] = source.value(size).to_bytes(size, "little")
+    cut = source.uint(2)
+    return bytes(file[: cut if cut else len(file)] + source.rest())
+
+
+def _elf_x86(source: ByteSource) -> bytes:
+    """A 64-bit or 32-bit executable with a PVH note, some of its bytes changed."""
+    note = elf_note(source.value(8).to_bytes(8, "little")) if source.byte() & 1 else b""
+    file = bytearray(source.pick((elf64, elf32))(note=note))
     for _ in range(source.byte() % 8):
         at, size = source.byte() % len(file), source.pick((1, 2, 4, 8))
         file[at : at + size] = source.value(size).to_bytes(size, "little")

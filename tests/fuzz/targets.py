@@ -19,6 +19,7 @@ TARGETS: dict[str, Target] = {
     "units": text.units,
     "hostdevs": text.hostdevs,
     "kernel": kernel.kernel,
+    "kernel-x86": kernel.kernel_x86,
     "split-ring": rings.split,
     "packed-ring": rings.packed,
     "blk-request": rings.blk_request,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import signal
+import subprocess
 import sys
 import termios
 import time
@@ -184,6 +186,44 @@ def test_the_terminal_is_restored_after_every_end(files: Path, number: signal.Si
     assert termios.tcgetattr(slave) == before
     os.close(master)
     os.close(slave)
+
+
+def test_status_tells_of_the_running_guest_and_nothing_is_left_of_it(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+
+    def status(*args: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "qvmcore", "status", *args]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    vdevs = make_disk(tmp_path / "disk.img")
+    vm = start("dd if=/dev/vda of=/dev/null bs=64k count=4 2>/dev/null; echo up; sleep 1000", vdevs=vdevs)
+    vm.expect("up")
+    (listed,) = json.loads(status("--json").stdout)
+    assert (listed["name"], listed["pid"], listed["state"]) == ("test", vm.process.pid, "running")
+    report = json.loads(status("test", "--json").stdout)
+    assert report["guest"]["status"]["interrupts"] > 0
+    (disk,) = (each for each in report["vdevs"] if each["name"] == "disk0")
+    assert (disk["fault"], disk["problem"]) == ("", "")
+    assert disk["status"]
+    text = status("test").stdout
+    assert text.startswith(
+        f"test: running, arm64-virt, engine emulated, 1 CPU, 256M, pid {vm.process.pid}, up "
+    )
+    second = start("echo second; sleep 1000")
+    second.expect("second")
+    assert [row["name"] for row in json.loads(status("--json").stdout)] == ["test", "test.2"]
+    second.send(signal.SIGKILL)
+    second.wait(60)
+    assert [row["name"] for row in json.loads(status("--json").stdout)] == ["test"]
+    assert "test.2" not in os.listdir(tmp_path / "qvm")
+    vm.send(signal.SIGQUIT)
+    assert vm.wait(60) == 3
+    assert os.listdir(tmp_path / "qvm") == []
+    gone = status("test")
+    assert gone.returncode == 64
+    assert "no running VM is called 'test'" in gone.stderr
 
 
 def test_sigusr2_dumps_the_running_guest_and_it_goes_on(start: Start, files: Path) -> None:

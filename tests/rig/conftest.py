@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from qvm_guests.progress import Progress
+
 from tests.rig import machine
 from tests.rig.results import Results, Silence
 
@@ -115,7 +115,7 @@ class Lines(Progress):
 def made_up(item: pytest.Item, outcome: Any, text: str, when: Any = "setup") -> Any:
     """Reports for a test that did not run."""
     location = (str(item.path), item.location[1] or 0, text)
-    keywords = dict.fromkeys(item.keywords, 1)
+    keywords: Any = dict.fromkeys(item.keywords, 1)
     longrepr: Any = location if outcome == "skipped" else text
     yield pytest.TestReport(item.nodeid, item.location, keywords, outcome, longrepr, when)
     if when == "setup":

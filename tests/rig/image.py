@@ -17,6 +17,7 @@ from pathlib import Path
 from qvm_guests import atomic
 from qvm_guests.cache import GuestCache, Package
 from qvm_guests.progress import Progress
+
 from qvmcore.api import HostError
 from tests.rig import packages as debian
 
@@ -73,9 +74,9 @@ def unpack(tree: Path, files: Sequence[Path]) -> None:
     for name in FOLDERS:
         (tree / name).mkdir()
     for file in files:
-        archive = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", file], stdout=subprocess.PIPE)
+        archive = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(file)], stdout=subprocess.PIPE)
         with archive:
-            command = ["tar", "-x", "--no-same-owner", "--keep-directory-symlink", "-C", tree]
+            command = ["tar", "-x", "--no-same-owner", "--keep-directory-symlink", "-C", str(tree)]
             done = subprocess.run(command, stdin=archive.stdout, check=False, capture_output=True, text=True)
         if archive.returncode or done.returncode:
             raise HostError(f"cannot unpack {file}: {done.stderr.strip()[-200:]}")
@@ -90,9 +91,9 @@ def compile_all(tree: Path, version: tuple[int, int]) -> None:
     name = f"python{version[0]}.{version[1]}"
     library = "/usr/lib/x86_64-linux-gnu"
     command = [
-        tree / "lib64/ld-linux-x86-64.so.2", "--library-path", f"{tree}{library}", tree / "usr/bin" / name,
+        f"{tree}/lib64/ld-linux-x86-64.so.2", "--library-path", f"{tree}{library}", f"{tree}/usr/bin/{name}",
         "-I", "-m", "compileall", "-q", "-j0", "--invalidation-mode", "unchecked-hash",
-        "-s", tree, "-p", "/", tree / "usr/lib" / name,
+        "-s", str(tree), "-p", "/", f"{tree}/usr/lib/{name}",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONHOME": f"{tree}/usr"}
     environment.pop("PYTHONPATH", None)

@@ -16,6 +16,7 @@ from pathlib import Path
 from qvm_guests import build as guests
 from qvm_guests import recipes
 from qvm_guests.progress import Progress
+
 from qvmcore.api import HostError
 from tests.rig import image, payload
 

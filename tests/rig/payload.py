@@ -138,6 +138,8 @@ def assemble(tree: Path, guest: Path, python: tuple[int, int], tests: Sequence[s
         install(folder, table, site)
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "tests/rig/inside", tree / "tests/rig/inside", ignore=ignore)
+    (tree / "tests/guest").mkdir()
+    shutil.copy2(ROOT / "tests/guest/conftest.py", tree / "tests/guest")  # what watches a `qvm run`
     if python == sys.version_info[:2]:
         # In the machine this would take a minute. The files of others come with their compiled form.
         compileall.compile_dir(tree, quiet=1, stripdir=str(tree), prependdir="/code", workers=1)

@@ -16,7 +16,9 @@ class Silence(Exception):
 class Running(Protocol):
     """What is asked of the machine."""
 
-    results: Path
+    @property
+    def results(self) -> Path:
+        """The file its lines come to."""
 
     def alive(self) -> bool:
         """Whether more lines may come."""

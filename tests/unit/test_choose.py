@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import ClassVar
 
 import pytest
 
@@ -16,12 +15,8 @@ from qvmcore.plugins import EntryInfo, PluginHost
 class FakeEngine:
     """Says what the test wants."""
 
-    name: ClassVar[str] = "fake"
-    native: ClassVar[bool] = False
-
     def __init__(self, name: str, problem: object = "", *, native: bool = False) -> None:
-        self.__dict__.update(name=name, native=native)
-        self.problem = problem
+        self.name, self.problem, self.native = name, problem, native
 
     def unusable(self, arch: str) -> str:
         if isinstance(self.problem, Exception):

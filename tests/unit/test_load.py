@@ -15,17 +15,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qvmcore import boards
 from qvmcore.boards import Placement
 from qvmcore.engine import CpuEntry
 from qvmcore.errors import HostError, QvmError
-from qvmcore.load import load_guest
+from qvmcore.load.arm64 import load_arm64
 from qvmcore.memory import GuestMemory
 from qvmcore.types import LoadSpec, MemorySpec
+from tests.unit import x86_files
 
 BASE = 0x40000000
 MIB = 1 << 20
-BOARD = boards.get("arm64-virt")
 
 
 def image(body: bytes = b"code", *, text_offset: int = 0, size: int = 1 * MIB, flags: int = 0xA) -> bytes:
@@ -62,7 +61,7 @@ class Loader:
         spec = LoadSpec(
             self.folder / "Image", self.folder / "initrd" if initrd is not None else None, "", kind, address
         )
-        return load_guest(spec, self.memory, BOARD, self._fdt)
+        return load_arm64(spec, self.memory, self._fdt)
 
     def _fdt(self, placement: Placement) -> bytes:
         self.placement = placement
@@ -172,11 +171,18 @@ def test_elf(load: Loader) -> None:
                                      "below 2 MiB"),
         (image(size=64 * MIB), "DIR/Image: the kernel with its work space (64M at 0x40000000) does not fit "
                                "into RAM; RAM is [0x40000000, 0x41000000); give the guest more"),
-        (elf(machine=62), "DIR/Image: an ELF file for EM_X86_64, not for AArch64"),
+        (elf(machine=62), "DIR/Image: an ELF file for EM_X86_64, not for AArch64; "
+                          'write board = "x86_64-pc" instead of "arm64-virt"'),
         (elf(address=0), "DIR/Image: the ELF segment [0x0, +0x3000) is not in RAM; "
                          "RAM is [0x40000000, 0x41000000); give the guest more"),
         (elf(entry=0x10), "DIR/Image: the entry point 0x10 of the ELF file is not in RAM"),
         (elf()[:70], "DIR/Image: damaged ELF file: "),
+        (x86_files.bzimage(), "DIR/Image: an x86 Linux kernel (bzImage), which arm64-virt cannot start; "
+                              'write board = "x86_64-pc"'),
+        (gzip.compress(x86_files.bzimage()), "DIR/Image: an x86 Linux kernel (bzImage), which arm64-virt "
+                                             'cannot start; write board = "x86_64-pc"'),
+        (lzma.compress(image()), "DIR/Image: an xz file; expected a Linux arm64 Image (plain, gzip or EFI "
+                                 "zboot) or an ELF file; unpack it with unxz"),
     ],
 )  # fmt: skip
 def test_files_that_cannot_be_started(load: Loader, data: bytes, message: str) -> None:
@@ -212,12 +218,14 @@ def test_what_does_not_fit(load: Loader) -> None:
     assert load.error(image()) == "the device tree has 2097153 bytes; a guest takes at most 2097152"
 
 
-def test_missing_files(load: Loader, memory: GuestMemory) -> None:
+def test_missing_files_and_foreign_keys(load: Loader, memory: GuestMemory) -> None:
     spec = LoadSpec(load.folder / "gone")
     with pytest.raises(HostError, match=r"^cannot read .*gone: No such file or directory$"):
-        load_guest(spec, memory, BOARD, lambda _: b"")
+        load_arm64(spec, memory, lambda _: b"")
+    with pytest.raises(QvmError, match=r"^mode = 'real16' is for x86 CPUs, and arm64-virt has none"):
+        load_arm64(LoadSpec(spec.kernel, format="raw", mode="real16"), memory, lambda _: b"")
     with pytest.raises(QvmError, match="nothing to start: the VM file has no kernel"):
-        load_guest(LoadSpec(), memory, BOARD, lambda _: b"")
+        load_arm64(LoadSpec(), memory, lambda _: b"")
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None)

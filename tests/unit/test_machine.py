@@ -15,7 +15,8 @@ import pytest
 from elftools.elf.elffile import ELFFile
 
 from qvmcore.dump import write_dump
-from qvmcore.errors import HostError
+from qvmcore.engine import GuestConfig
+from qvmcore.errors import EngineError, HostError
 from qvmcore.hookspecs import hookimpl
 from qvmcore.machine import Machine, Outcome
 from qvmcore.memory import GuestMemory
@@ -395,6 +396,24 @@ def test_a_failed_start_releases_what_was_opened(tmp_path: Path, cls: type[Probe
     assert probe(vm, 1).life[-1] == "terminate"
     assert engine.guest is not None
     assert engine.guest.closed
+
+
+class NoGuest(ScriptedEngine):
+    """Cannot build a guest."""
+
+    def create_guest(self, config: GuestConfig) -> ScriptedGuest:
+        raise EngineError("no virtual CPU is left")
+
+
+def test_an_engine_that_cannot_build_a_guest_leaves_nothing_open(tmp_path: Path) -> None:
+    """Descriptors are counted by the fixture: that of guest memory is among them."""
+    vm = machine((Probe,), NoGuest(ScriptedGuest.power_off), tmp_path)
+    with pytest.raises(EngineError, match="no virtual CPU is left"):
+        vm.run()
+    assert not vm.started
+    (region,) = vm._memory.regions
+    assert region.fd == -1
+    assert probe(vm).life == []
 
 
 class BadEnd(Probe):

@@ -160,6 +160,8 @@ class EmulatedGuest:
 
     def pause(self, timeout: float) -> bool:
         """Hold the vCPU between two instructions; False when it did not come to rest in time."""
+        if self._pausing and self._still.is_set():
+            return True
         vcpu = self._threads[0] if self._threads else None
         self._go.clear()
         self._still.clear()

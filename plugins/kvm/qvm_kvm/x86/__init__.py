@@ -1,0 +1,1 @@
+"""What is x86-64 about the engine: structures, start modes, CPUID, interrupt controllers, registers."""

@@ -38,9 +38,11 @@ class Accesses(NamedTuple):
 
 
 class Vcpu:
-    """A vCPU. ``check()`` is called on its thread when it was interrupted, may wait, and says whether to
-    go on; ``rare(vcpu, reason)`` gets the exits that are no accesses and says the same; ``failed(error)``
-    gets an exception that ended the thread.
+    """A vCPU. Its thread calls these:
+
+    ``check(vcpu)`` at first and when it was interrupted: may wait, and says whether to go on;
+    ``rare(vcpu, reason)`` for exits that are no accesses: says the same;
+    ``failed(vcpu, error)`` for an exception that ends the thread.
 
     Raises OSError when KVM does not give one.
     """
@@ -146,7 +148,9 @@ class Vcpu:
     ) -> None:
         kick.block_all_but(self._signal)
         try:
-            self._loop(check, rare)
+            # Asked once before: a request from before this thread was there has not kicked it.
+            if check(self):
+                self._loop(check, rare)
         except BaseException as error:
             failed(self, error)
         finally:

@@ -271,9 +271,9 @@ def test_an_idle_guest_can_be_paused_and_stopped(bench: Any) -> None:
     bench.start(IDLE)
     assert bench.done.wait(20)
     assert bench.guest.pause(20)
-    assert bench.guest.registers()[0]["rip"] == 0x10003
+    assert bench.guest.registers()[0]["rip"] in (0x10002, 0x10003)  # before or in the HLT
     assert bench.guest.stop(20)  # also out of a pause
-    assert bench.guest.registers()[0]["rip"] == 0x10003
+    assert bench.guest.registers()[0]["rip"] in (0x10002, 0x10003)
     assert bench.ends == []
 
 

@@ -94,6 +94,7 @@ class X86Backend:
             ioctl_struct(vm.fd, abi.SET_IDENTITY_MAP_ADDR, _Address(IDENTITY_MAP))
             ioctl(vm.fd, abi.SET_TSS_ADDR, TSS)
             ioctl(vm.fd, ioctls.CREATE_IRQCHIP)
+            _mask_pics(vm)
             # The speaker flag makes port 0x61 the kernel's: Linux times the PIT's channel 2 by it.
             ioctl_struct(vm.fd, abi.CREATE_PIT2, abi.PitConfig(abi.PIT_SPEAKER_DUMMY))
             self._interrupts = Interrupts(vm, _pins(), IOAPIC_PINS)
@@ -153,6 +154,15 @@ class X86Backend:
 
 class _Address(ctypes.Structure):
     _fields_ = [("value", ctypes.c_uint64)]
+
+
+def _mask_pics(vm: Vm) -> None:
+    """As firmware leaves them: a guest that uses the IOAPIC alone must not get their interrupts, too."""
+    for number in (_CHIP_PIC_MASTER, _CHIP_PIC_SLAVE):
+        chip = abi.Chip(number)
+        ioctl_struct(vm.fd, abi.GET_IRQCHIP, chip)
+        chip.state[abi.PIC_MASK] = 0xFF
+        ioctl_struct(vm.fd, abi.SET_IRQCHIP, chip)
 
 
 def _pins() -> list[Route]:

@@ -159,7 +159,7 @@ class Bench:
         """64-bit word of the data page."""
         return int.from_bytes(self.memory.read(DATA + offset, 8), "little")
 
-    def wait(self, condition: Callable[[], bool], timeout: float = 3.0) -> bool:
+    def wait(self, condition: Callable[[], bool], timeout: float = 20.0) -> bool:
         """Whether ``condition`` came true; the bound is for a broken engine, not for speed."""
         deadline = time.monotonic() + timeout
         while not condition():

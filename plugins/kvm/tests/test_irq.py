@@ -6,6 +6,7 @@ import resource
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,7 +74,7 @@ def one_by_one(bench: Any, vector: int, count: int, signal: Callable[[], None]) 
     for number in range(1, count + 1):
         signal()
         assert bench.wait(lambda number=number: taken(bench)[vector] == number), f"lost number {number}"
-    assert taken(bench) == {vector: count}
+    assert taken(bench)[vector] == count
 
 
 def test_an_edge_is_one_write_to_an_irqfd(ready: Any) -> None:
@@ -109,20 +110,26 @@ def test_a_pulse_of_a_high_line_is_a_further_edge(ready: Any) -> None:
 
 def test_a_level_interrupts_again_until_it_falls(ready: Any) -> None:
     line = ready.guest.irq_line(IntrSpec("ioapic", 6))
-
-    lowered = []
+    seen = 0
+    lowered: list[int] = []
 
     def lower(_offset: int, _size: int, _value: int) -> None:
-        if taken(ready)[0x42] % 3 == 0:
+        nonlocal seen
+        seen += 1
+        if seen == 3:
             line.set(False)
             lowered.append(taken(ready)[0x42])
 
     ready.write = lower
+    # The APIC of kvm_pvm ends an interrupt when it delivers it, so the line, still high, is pending again.
+    extra = int(Path("/sys/module/kvm_pvm").exists())
     for number in range(1, 21):
+        seen = 0
         line.set(True)
-        assert ready.wait(lambda number=number: len(lowered) == number)
-    assert lowered == list(range(3, 61, 3))
-    assert taken(ready) == {0x42: 60}
+        assert ready.wait(lambda number=number: taken(ready)[0x42] >= (3 + extra) * number)
+        assert len(lowered) == number
+    one_by_one(ready, 0x40, 1, lambda: ready.guest.signal_msi(APIC, 0x40))
+    assert taken(ready)[0x42] == (3 + extra) * 20
 
 
 def test_apic_vector_is_a_message_to_the_first_cpu(ready: Any) -> None:

@@ -27,6 +27,8 @@ APIC_BASE = 0xFEE00000
 APIC_SIZE = 0x100000
 _CHIP_PIC_MASTER, _CHIP_PIC_SLAVE, _CHIP_IOAPIC = 0, 1, 2
 IOAPIC_PINS = 24
+#: No memory may be there: IOAPIC, APIC, identity map and the three pages behind it.
+_RESERVED = ((IOAPIC_BASE, 0x1000), (APIC_BASE, APIC_SIZE), (IDENTITY_MAP, 0x4000))
 _PIC_PINS = 16
 #: GSI 0, the timer, is wired to this pin of the IOAPIC, as on every PC.
 _TIMER_PIN = 2
@@ -72,7 +74,18 @@ class X86Backend:
             raise EngineError(
                 f"an x86 guest has at most {cpuid.MAX_CPUS} CPUs, not {config.cpus}", hint="lower cpus"
             )
+        self._check_memory(config)
         self._check_width(config)
+
+    def _check_memory(self, config: GuestConfig) -> None:
+        for region in config.memory.regions:
+            for start, size in _RESERVED:
+                if region.start < start + size and start < region.end:
+                    raise EngineError(
+                        f"memory [{region.start:#x}, {region.end:#x}) covers "
+                        f"[{start:#x}, {start + size:#x}), which KVM needs for itself",
+                        hint="leave the last 20 MiB below 4 GiB free of memory",
+                    )
 
     def _check_width(self, config: GuestConfig) -> None:
         bits = cpuid.physical_bits(self._leaves)

@@ -15,10 +15,10 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from qvm_kvm import kick, runpage
+from qvm_kvm import runpage
 from qvm_kvm.arch import Backend
 from qvm_kvm.exits import EXIT_IO, EXIT_IRQ_WINDOW_OPEN, EXIT_MMIO
-from qvm_kvm.ioctls import RUN, raw_ioctl
+from qvm_kvm.ioctls import RUN, untyped_ioctl
 from qvm_kvm.runpage import RunPage
 from qvm_kvm.vm import Vm
 
@@ -146,7 +146,6 @@ class Vcpu:
         rare: Callable[[Vcpu, int], bool],
         failed: Callable[[Vcpu, BaseException], None],
     ) -> None:
-        kick.block_all_but(self._signal)
         try:
             # Asked once before: a request from before this thread was there has not kicked it.
             if check(self):
@@ -159,12 +158,12 @@ class Vcpu:
                 self._running = False
 
     def _loop(self, check: Callable[[Vcpu], bool], rare: Callable[[Vcpu, int], bool]) -> None:
-        fd, enter, counts = self.fd, raw_ioctl, self.counts
+        fd, run, enter, counts = ctypes.c_int(self.fd), ctypes.c_ulong(RUN), untyped_ioctl, self.counts
         u8, u16, u32, u64 = self.page.u8, self.page.u16, self.page.u32, self.page.u64
         read, write, read_port, write_port = self._accesses
         by_size = {1: u8, 2: u16, 4: u32, 8: u64}
         while True:
-            if enter(fd, RUN, None) < 0:
+            if enter(fd, run, None) < 0:
                 if not self._not_entered(ctypes.get_errno(), check):
                     return
                 continue

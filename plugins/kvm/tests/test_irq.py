@@ -32,7 +32,7 @@ PROGRAM = """
 1004c e6e9  out %al,$0xe9
 1004e f4  hlt
 1004f ebfd  jmp 0x1004e
-10051 ff0f00000200000000000000  IDTR: limit 0xfff, base 0x20000
+10051 ff0f0000020000000000  IDTR: limit 0xfff, base 0x20000
 1005b 50  push %rax
 1005c b040  mov $0x40,%al
 1005e eb08  jmp 0x10068
@@ -47,17 +47,78 @@ PROGRAM = """
 10075 58  pop %rax
 10076 48cf  iretq
 """
+#: Counts channel 0 of the PIT down once; IOAPIC pin 2 is vector 0x41.
+TIMER = """
+10000 0f011d3a000000  lidt 0x3a(%rip) # 0x10041
+10007 bbf000e0fe  mov $0xfee000f0,%ebx
+1000c c703ff010000  movl $0x1ff,(%rbx)
+10012 bb0000c0fe  mov $0xfec00000,%ebx
+10017 c70314000000  movl $0x14,(%rbx)
+1001d c7431041000000  movl $0x41,0x10(%rbx)
+10024 c70315000000  movl $0x15,(%rbx)
+1002a c7431000000000  movl $0x0,0x10(%rbx)
+10031 b030  mov $0x30,%al
+10033 e643  out %al,$0x43
+10035 b0ff  mov $0xff,%al
+10037 e640  out %al,$0x40
+10039 b001  mov $0x1,%al
+1003b e640  out %al,$0x40
+1003d fb  sti
+1003e f4  hlt
+1003f ebfd  jmp 0x1003e
+10041 ff0f0000020000000000  IDTR: limit 0xfff, base 0x20000
+1004b 50  push %rax
+1004c b041  mov $0x41,%al
+1004e e6e0  out %al,$0xe0
+10050 b8b000e0fe  mov $0xfee000b0,%eax
+10055 c70000000000  movl $0x0,(%rax)
+1005b 58  pop %rax
+1005c 48cf  iretq
+"""
+
+#: Sets up the first PIC from vector 0x40 on, input 5 unmasked.
+PIC = """
+10000 0f011d1a000000  lidt 0x1a(%rip) # 0x10021
+10007 b011  mov $0x11,%al
+10009 e620  out %al,$0x20
+1000b b040  mov $0x40,%al
+1000d e621  out %al,$0x21
+1000f b004  mov $0x4,%al
+10011 e621  out %al,$0x21
+10013 b001  mov $0x1,%al
+10015 e621  out %al,$0x21
+10017 b0df  mov $0xdf,%al
+10019 e621  out %al,$0x21
+1001b fb  sti
+1001c e6e9  out %al,$0xe9
+1001e f4  hlt
+1001f ebfd  jmp 0x1001e
+10021 ff0f0000020000000000  IDTR: limit 0xfff, base 0x20000
+1002b 50  push %rax
+1002c b045  mov $0x45,%al
+1002e e6e0  out %al,$0xe0
+10030 b020  mov $0x20,%al
+10032 e620  out %al,$0x20
+10034 58  pop %rax
+10035 48cf  iretq
+"""
+
 HANDLERS = {0x40: 0x1005B, 0x41: 0x10060, 0x42: 0x10065}
 IDT = 0x20000
 APIC = 0xFEE00000
 
 
+def put_handlers(bench: Any, handlers: dict[int, int]) -> None:
+    """Fill the guest's IDT: vector -> address."""
+    for vector, handler in handlers.items():
+        gate = struct.pack("<HHBBHII", handler & 0xFFFF, 0x10, 0, 0x8E, handler >> 16, 0, 0)
+        bench.memory.write(IDT + 16 * vector, gate)
+
+
 @pytest.fixture
 def ready(bench: Any) -> Iterator[Any]:
     """A guest that waits for interrupts."""
-    for vector, handler in HANDLERS.items():
-        gate = struct.pack("<HHBBHII", handler & 0xFFFF, 0x10, 0, 0x8E, handler >> 16, 0, 0)
-        bench.memory.write(IDT + 16 * vector, gate)
+    put_handlers(bench, HANDLERS)
     bench.start(PROGRAM)
     assert bench.done.wait(20)
     yield bench
@@ -130,6 +191,21 @@ def test_a_level_interrupts_again_until_it_falls(ready: Any) -> None:
         assert len(lowered) == number
     one_by_one(ready, 0x40, 1, lambda: ready.guest.signal_msi(APIC, 0x40))
     assert taken(ready)[0x42] == (3 + extra) * 20
+
+
+def test_the_timer_is_on_pin_2(bench: Any) -> None:
+    put_handlers(bench, {0x41: 0x1004B})
+    bench.start(TIMER)
+    assert bench.wait(lambda: taken(bench) == {0x41: 1})
+    assert bench.guest.status()["exits"] == {"io": 1, "mmio": 0}  # timer and controllers are KVM's
+
+
+def test_a_line_reaches_the_pic_of_a_guest_that_uses_it(bench: Any) -> None:
+    put_handlers(bench, {0x45: 0x1002B})
+    bench.start(PIC)
+    assert bench.done.wait(20)
+    one_by_one(bench, 0x45, 20, bench.guest.irq_line(IntrSpec("ioapic", 5)).pulse)
+    assert bench.ends == []
 
 
 def test_apic_vector_is_a_message_to_the_first_cpu(ready: Any) -> None:

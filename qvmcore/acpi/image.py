@@ -23,6 +23,7 @@ _ALIGNMENT, _FACS_ALIGNMENT = 16, 64
 
 _POWER, _RTC = "acpi-pm", "PNP0B00"
 _PIT_SOURCE, _PIT_LINE = 0, 2
+_ISA_INTERRUPTS = 16
 
 
 def build_acpi(spec: MachineSpec, vdevs: Sequence[DescribedVdev], board: Board) -> AcpiTables:
@@ -34,9 +35,10 @@ def build_acpi(spec: MachineSpec, vdevs: Sequence[DescribedVdev], board: Board) 
     io_apic, local_apic = _controller(board, "ioapic"), _controller(board, "apic")
     power = _power(vdevs, io_apic.name)
     pci = PciBus(board.pci, pci_routes(board.pci, spec.vdevs)) if spec.pci and board.pci is not None else None
+    level = {power.sci, *_level_isa(vdevs, io_apic.name)}
     overrides = [
         tables.Override(_PIT_SOURCE, _PIT_LINE, Trigger.EDGE),
-        tables.Override(power.sci, power.sci, Trigger.LEVEL),
+        *(tables.Override(number, number, Trigger.LEVEL) for number in sorted(level)),
     ]
     image = _Image()
     facs = image.add(tables.facs(), _FACS_ALIGNMENT)
@@ -75,6 +77,23 @@ class _Image:
 
 def _controller(board: Board, kind: str) -> Controller:
     return next(each for each in board.controllers if each.kind == kind)
+
+
+def _level_isa(vdevs: Sequence[DescribedVdev], io_apic: str) -> set[int]:
+    """ISA interrupts that are levels. Without an override a guest takes them for edges.
+
+    A vdev with a ``_CRS`` says it there too, but not to the early code that sets up the I/O APIC.
+    """
+    found = set()
+    for each in vdevs:
+        intr = each.spec.intr
+        if intr is None or intr.controller != io_apic:
+            continue
+        if each.spec.pci is not None:
+            found.add(intr.number)
+        elif each.vdev.trigger is Trigger.LEVEL:
+            found.update(range(intr.number, intr.number + each.vdev.irqs))
+    return {number for number in found if number < _ISA_INTERRUPTS}
 
 
 def _power(vdevs: Sequence[DescribedVdev], io_apic: str) -> tables.PowerPorts:

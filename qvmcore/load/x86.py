@@ -169,12 +169,11 @@ class _Loader:
         return {"rflags": _RFLAGS, "gdt": x86_boot.put_gdt(self._memory, self._room, long=False)}
 
     def _place_initrd(self, below: int) -> tuple[int, int] | None:
-        """Read the initrd as high as possible below ``below`` and 4 GiB; (address, size)."""
+        """Read the initrd as high as possible below ``below``, which is at most 4 GiB; (address, size)."""
         path = self._spec.initrd
         if path is None:
             return None
         size, what = file_size(path), f"{path}: the initrd"
-        below = min(below, FOUR_GIB)
         address = self._room.highest(size, ONE_MIB, below, PAGE)
         if address is None:
             message = f"{what} ({format_size(size)}) does not fit into the RAM below {below:#x} that is left"

@@ -12,7 +12,7 @@ that is the whole sizing protocol (PCI 3.0, 6.2.5.1).
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from qvmcore.pci import spec
@@ -63,6 +63,9 @@ class PciFunction:
         self.interrupts = interrupts or PciInterrupts(intx=False)
         self._bars = list(bars)
         self._private = private
+        #: Told of every change of :attr:`bus_master`, on a vCPU thread with the function's lock held;
+        #: once told of False it may wait, bounded, until the device has left guest memory.
+        self.on_bus_master: Callable[[bool], None] = lambda master: None
         self._lock = threading.RLock()
         self._port: FunctionPort | None = None
         if self.interrupts.vectors:
@@ -144,13 +147,19 @@ class PciFunction:
             handler.write(offset - start, size, value)
             return
         with self._lock:
+            was_master = self.bus_master
             mask = self._layout.mask
             for index in range(size):
                 at = offset + index
                 if 0 <= at < spec.CONFIG_SIZE:
                     bits = value >> 8 * index & 0xFF
                     self._bytes[at] = self._bytes[at] & ~mask[at] | bits & mask[at]
+            if was_master and not self.bus_master:
+                # What the device does last may still interrupt.
+                self.on_bus_master(False)
             self._written(offset, offset + size)
+            if self.bus_master and not was_master:
+                self.on_bus_master(True)
 
     # ---- inside ------------------------------------------------------------------------------------
 

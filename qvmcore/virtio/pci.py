@@ -85,6 +85,9 @@ class PciTransport:
             msix_bar=MSIX_BAR,
         )
         access.connect(self.function)
+        # What is not the master of its bus cannot read a ring (4.1.1; PCI 3.0, 6.2.2).
+        self._state.hold(True)
+        self.function.on_bus_master = lambda master: self._state.hold(not master)
 
     def read(self, offset: int, size: int) -> int:
         """A load from BAR 0."""

@@ -79,6 +79,7 @@ class VirtioState:
         self._touched = False  # the device has something to undo at a reset
         self._hung = False
         self._ended = False
+        self._held = False  # the transport may not reach guest memory
 
     # ---- services for the device -----------------------------------------------------------
 
@@ -94,9 +95,10 @@ class VirtioState:
         return self._activated and not status & (spec.DEVICE_NEEDS_RESET | spec.FAILED)
 
     def queue(self, index: int) -> Virtqueue | None:
-        """The live queue, or None when the device is not active or the driver set no such queue up."""
+        """The live queue, or None when the device is not active, the driver set no such queue up, or
+        guest memory is out of reach (:meth:`hold`)."""
         queue = self._queues[index]
-        return None if queue is None or queue.dead else queue
+        return None if queue is None or queue.dead or self._held else queue
 
     def kick(self, index: int) -> None:
         """Have ``handle_queue`` called for a queue, as if the driver had notified. Any thread.
@@ -299,6 +301,26 @@ class VirtioState:
             self._vdev.config_write(offset, value.to_bytes(size, "little"))
             self.config.refresh()
 
+    def hold(self, held: bool) -> None:
+        """Guest memory is out of the transport's reach, or within it again.
+
+        While held no chain is taken from a queue; when released every queue is looked at, so that no
+        notification is lost. Waits, bounded, until the worker has left what it took before; a chain
+        that the device serves elsewhere is still handed back. Survives a reset: it is the transport's.
+        """
+        with self._control:
+            if held == self._held:
+                return
+            self._held = held
+            if not self._activated or self._ended:
+                return
+            if held:
+                with parked(self._vdev.ctx.worker, QUIESCE_TIMEOUT):
+                    return
+            for queue, doorbell in zip(self._queues, self._doorbells, strict=True):
+                if queue is not None:
+                    doorbell.signal()
+
     def reset(self) -> None:
         """Back to the fresh state (2.4). Any thread; waits for the worker, bounded."""
         with self._control:
@@ -383,7 +405,7 @@ class VirtioState:
         def serve() -> None:
             doorbell.drain()
             queue = queues[index]
-            if queue is None or queue.dead:
+            if queue is None or queue.dead or self._held:
                 return
             try:
                 handle(index, queue)

@@ -7,7 +7,6 @@ same order; the reports pytest makes there are handed on here as they come.
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ class Rig:
     def alive(self) -> bool:
         """Whether the machine runs and has time left."""
         assert self._machine is not None
-        return self._machine.process.poll() is None and time.monotonic() - self._began < TOTAL_LIMIT
+        return self._machine.alive() and time.monotonic() - self._began < TOTAL_LIMIT
 
     def reports(self, item: pytest.Item) -> Any:
         """The reports of one test, as they come."""
@@ -90,11 +89,11 @@ class Rig:
         """Stop the machine; its log stays when a test failed. Returns where that is."""
         if self._machine is None:
             return ""
+        if not self._failed:
+            self._machine.close()
+            return ""
         self._machine.stop()
-        if self._failed:
-            return str(self._machine.folder)
-        shutil.rmtree(self._machine.folder)
-        return ""
+        return str(self._machine.folder)
 
 
 class Lines(Progress):

@@ -10,7 +10,7 @@ import base64
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from qvm_guests import build as guests
@@ -20,10 +20,10 @@ from qvm_guests.progress import Progress
 from qvmcore.api import HostError
 from tests.rig import image, payload
 
-#: Memory of the machine in MiB: guests of 256 MiB, their disks on a tmpfs, Python and pytest.
-MEMORY = 2048
-#: What the session itself and QEMU's translated code need besides.
-MARGIN = 1024
+#: Memory of the machine in MiB: more than the largest of its guests has. Both use but a part of it.
+MEMORY = 6144
+#: What QEMU takes of it at most (measured: VmHWM), with its translated code, and some for the session.
+NEEDED = 4096
 CPUS = 2
 TOOLS = {
     "qemu-system-x86_64": "qemu-system-x86",
@@ -58,9 +58,8 @@ def missing(meminfo: str, find: Callable[[str], str | None]) -> str:
     if lacking:
         return f"the rig needs {', '.join(lacking)}"
     available = next((int(line.split()[1]) for line in meminfo.splitlines() if "MemAvailable" in line), 0)
-    needed = MEMORY + MARGIN
-    if available >> 10 < needed:
-        return f"the rig needs {needed} MiB of free memory, {available >> 10} MiB are available"
+    if available >> 10 < NEEDED:
+        return f"the rig needs {NEEDED} MiB of free memory, {available >> 10} MiB are available"
     return ""
 
 
@@ -87,17 +86,29 @@ class Machine:
                 return "\n".join(text.replace("\r", "").splitlines()[-lines:])
         return ""
 
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self.process.poll() is None
+
     def stop(self) -> None:
         """Cut the power, if it still runs."""
-        if self.process.poll() is None:
+        if self.alive():
             self.process.kill()
         self.process.wait()
 
+    def close(self) -> None:
+        """Cut the power and remove the folder."""
+        self.stop()
+        shutil.rmtree(self.folder)
 
-def start(tests: Sequence[str], progress: Progress, *, timeout: int) -> Machine:
+
+def start(
+    tests: Sequence[str], progress: Progress, *, timeout: int, environment: Mapping[str, str] | None = None
+) -> Machine:
     """Make everything that is missing, start the machine and let it run ``tests`` (node ids).
 
-    Raises UnusableError when this machine cannot have a rig.
+    ``timeout`` is the limit of one test in seconds; ``environment`` is set for all of them. Raises
+    UnusableError when this machine cannot have a rig.
     """
     check()
     folder = Path(tempfile.mkdtemp(prefix="qvm-rig-"))
@@ -108,7 +119,8 @@ def start(tests: Sequence[str], progress: Progress, *, timeout: int) -> Machine:
         guests.build(recipe, folder / "guest", quiet)
         guests.build(recipe, folder / "kernel", quiet, modules=MODULES)
         with tempfile.TemporaryDirectory(dir=folder) as tree:
-            payload.assemble(Path(tree), folder / "guest", python, tests, timeout=timeout)
+            payload.assemble(Path(tree), folder / "guest", python)
+            payload.choose(Path(tree), tests, environment or {}, timeout)
             image.make(folder / "code.img", Path(tree))
     except HostError as error:
         shutil.rmtree(folder)

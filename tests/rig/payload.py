@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -125,11 +125,14 @@ def fetch(dists: Sequence[metadata.Distribution], site: Path, python: tuple[int,
         raise HostError(f"pip cannot get the rig's Python packages: {done.stderr.strip()[-300:]}")
 
 
-def assemble(tree: Path, guest: Path, python: tuple[int, int], tests: Sequence[str], *, timeout: int) -> None:
-    """Fill ``tree``: code, its dependencies, the guest of ``qvm guest build``, and which tests to run.
+def choose(tree: Path, tests: Sequence[str], environment: Mapping[str, str], timeout: int) -> None:
+    """Write down which tests (node ids) run, with which environment, and the limit of one in seconds."""
+    (tree / "pytest.ini").write_text(_CONFIGURATION.format(timeout=timeout))
+    (tree / "run.json").write_text(json.dumps({"tests": list(tests), "environment": dict(environment)}))
 
-    ``tests`` are node ids; ``timeout`` is the limit of one test in seconds.
-    """
+
+def assemble(tree: Path, guest: Path, python: tuple[int, int]) -> None:
+    """Fill ``tree``: code, what it depends on, and the guest that ``qvm guest build`` made."""
     tree.chmod(0o755)
     site = tree / "site"
     site.mkdir()
@@ -152,5 +155,3 @@ def assemble(tree: Path, guest: Path, python: tuple[int, int], tests: Sequence[s
     for name in ("vmlinuz", "initramfs.cpio.gz"):
         (tree / "guest").mkdir(exist_ok=True)
         shutil.copy2(guest / name, tree / "guest" / name)
-    (tree / "pytest.ini").write_text(_CONFIGURATION.format(timeout=timeout))
-    (tree / "tests.json").write_text(json.dumps(list(tests)))

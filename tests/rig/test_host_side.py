@@ -31,7 +31,7 @@ def test_what_lacks_is_named_with_its_package() -> None:
 @pytest.mark.parametrize("meminfo", ["MemAvailable: 2000000 kB\n", ""])
 def test_too_little_memory_is_told_in_figures(meminfo: str) -> None:
     why = machine.missing(meminfo, lambda tool: tool)
-    assert why.startswith(f"the rig needs {machine.MEMORY + machine.MARGIN} MiB of free memory, ")
+    assert why.startswith(f"the rig needs {machine.NEEDED} MiB of free memory, ")
     assert why.endswith(f" {2000000 >> 10 if meminfo else 0} MiB are available")
 
 

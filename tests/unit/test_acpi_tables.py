@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from qvmcore.acpi import tables
 from qvmcore.errors import QvmError
+from qvmcore.types import IntrSpec, Trigger, VdevSpec
 from tests.unit.acpifiles import (
     ACPICA,
     DIRECT,
@@ -24,6 +25,7 @@ from tests.unit.acpifiles import (
     UART,
     described,
     disassemble,
+    function,
     image_of,
     kind,
     line,
@@ -98,8 +100,6 @@ def test_sums_lengths_places_and_pointers(pci: bool) -> None:
 def test_tables_never_touch_and_always_add_up(
     cpus: int, places: list[tuple[int, int, int]], pci: bool
 ) -> None:
-    from qvmcore.types import VdevSpec
-
     vdevs = [
         described(VdevSpec("v", f"v{n}", None, at, line(5)), kind("LNRO0005", size, irqs=irqs))
         for n, (at, size, irqs) in enumerate(places)
@@ -183,8 +183,6 @@ def test_a_machine_without_power_management_is_refused() -> None:
 
 
 def test_an_sci_that_acpi_cannot_name_is_refused() -> None:
-    from qvmcore.types import IntrSpec
-
     wrong = described(replace(PM.spec, intr=IntrSpec("apic", 40)), type(PM.vdev))
     with pytest.raises(
         QvmError, match=r'intr: the power management interrupt cannot be apic:40; write .*:9"'
@@ -212,6 +210,20 @@ def test_5_2_12_interrupt_controllers(cpus: int) -> None:
         "020a0000020000000500",  # timer: 0 is 2, edge, active high
         "020a0009090000000d00",  # SCI: level, active high
         "0406ff000001",  # LINT1 of every CPU is the NMI
+    ]
+
+
+def test_5_2_12_5_isa_interrupts_that_are_levels_are_overridden() -> None:
+    level = kind("LNRO0005", 0x200, irqs=3, trigger=Trigger.LEVEL)
+    at_14 = described(VdevSpec("d", "d0", None, 0xC000_0000, line(14)), level)
+    far = described(VdevSpec("d", "d1", None, 0xC000_1000, line(16)), level)
+    edge = described(VdevSpec("e", "e0", None, 0xC000_2000, line(7)), kind("LNRO0005", 0x200))
+    vector = described(VdevSpec("v", "v0", None, 0xC000_3000, IntrSpec("apic", 13)), level)
+    vdevs = (*FIXED, at_14, far, edge, vector, function(3, 0, line(11)), function(4))
+    found = [each for each in subtables(tables_of(vdevs, pci=True)["apic"][1]) if each[0] == 2]
+    assert [struct.unpack("<BBBBIH", each)[3:] for each in found] == [
+        (0, 2, 0x5),
+        *((number, number, 0xD) for number in (9, 11, 14, 15)),
     ]
 
 

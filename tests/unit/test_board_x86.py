@@ -112,6 +112,6 @@ def test_ram_without_room_for_the_tables_is_refused(tmp_path: Path) -> None:
     spec = MachineSpec("vm", BOARD.name, "auto", 1, ram, load, tuple(each.spec for each in FIXED))
     with (
         closing(GuestMemory.allocate(ram)) as memory,
-        pytest.raises(QvmError, match=r"ACPI tables .* at 0xe0000\) does not fit into RAM; RAM is .* give"),
+        pytest.raises(QvmError, match=r"ACPI table.* at 0xe0000\) does not fit into RAM; RAM is .* give"),
     ):
         BOARD.load(spec, FIXED, memory)

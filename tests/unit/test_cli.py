@@ -175,7 +175,7 @@ def test_a_wrong_vm_file_is_65_with_every_problem(run: Run, tmp_path: Path) -> N
         result = run(command, "vm.toml")
         assert result.code == 65
         assert result.err.splitlines() == [
-            "vm.toml:1: system: missing key 'board'; known boards: arm64-virt",
+            "vm.toml:1: system: missing key 'board'; known boards: arm64-virt, x86_64-pc",
             "vm.toml:2: system: unknown key 'bord'; did you mean 'board'?",
             "vm.toml:6: vdev[0] (disk): missing key 'hostdev'; expected a file path",
             "vm.toml:11: vdev[0] (disk): unknown key 'hotdev'; did you mean 'hostdev'?",

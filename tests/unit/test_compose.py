@@ -223,7 +223,7 @@ def replaced(old: str, new: str) -> str:
         (replaced('ram = "64M"', 'ram = "64M"\nname = "../x"'),
          "vm.toml:4: system: name: expected at most 64 letters, digits and _ : + -, not '../x'"),
         (replaced('board = "arm64-virt"\n', ""),
-         "vm.toml:1: system: missing key 'board'; known boards: arm64-virt"),
+         "vm.toml:1: system: missing key 'board'; known boards: arm64-virt, x86_64-pc"),
         (replaced("Image", "gone"),
          "vm.toml:5: load: kernel: cannot read {folder}/gone: No such file or directory"),
         (replaced("Image", "."), "vm.toml:5: load: kernel: {folder} is a directory, not a file"),

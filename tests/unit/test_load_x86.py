@@ -12,6 +12,7 @@ import pytest
 from qvmcore.acpi import AcpiTables
 from qvmcore.engine import CpuEntry
 from qvmcore.errors import HostError, QvmError
+from qvmcore.load.common import load_part
 from qvmcore.load.x86 import load_pc
 from qvmcore.memory import GuestMemory
 from qvmcore.types import LoadSpec, MemorySpec
@@ -110,10 +111,18 @@ def test_page_tables_map_the_first_4_gib_to_themselves(load: Loader) -> None:
         ({}, 16 * MIB),
         ({0x258: struct.pack("<Q", 0x1234)}, 2 * MIB),  # pref_address in memory that is a PC's own
         ({0x258: struct.pack("<Q", 16 * MIB + 1)}, 18 * MIB),
+        ({0x258: bytes(8), 0x230: b"\0\x10\0\0", 0x260: bytes(4)}, MIB),  # 4 KiB would fit into low memory
         ({0x234: b"\0", 0x258: struct.pack("<Q", MIB)}, MIB),
         ({0x230: struct.pack("<I", 32 * MIB)}, 32 * MIB),
     ],
-    ids=["pref_address", "low", "kernel_alignment", "relocatable_kernel=0", "large-alignment"],
+    ids=[
+        "pref_address",
+        "low",
+        "low-and-small",
+        "kernel_alignment",
+        "relocatable_kernel=0",
+        "large-alignment",
+    ],
 )
 def test_boot_rst_pref_address_and_kernel_alignment(
     load: Loader, patch: dict[int, bytes], place: int
@@ -153,6 +162,15 @@ def test_what_is_behind_syssize_is_not_loaded(load: Loader) -> None:
     assert load.memory.read(16 * MIB, 1040) == b"\x11" * 1024 + bytes(16)
 
 
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "kernel").write_bytes(b"12345")
+    view = memoryview(bytearray(8))
+    load_part(tmp_path / "kernel", 2, view[:3])
+    assert bytes(view) == b"345" + bytes(5)
+    with pytest.raises(HostError, match=r"^cannot read .*kernel: the file ends after 5 bytes$"):
+        load_part(tmp_path / "kernel", 2, view)
+
+
 def test_ram_in_two_ranges(tmp_path: Path) -> None:
     memory = GuestMemory.allocate([MemorySpec(0, 32 * MIB), MemorySpec(1 << 32, 16 * MIB)])
     load = Loader(tmp_path, memory)
@@ -165,6 +183,7 @@ def test_ram_in_two_ranges(tmp_path: Path) -> None:
 
 
 def test_boot_rst_cmdline_size(load: Loader) -> None:
+    load.memory.write(0x20000, b"\xff" * 4096)
     small = bzimage(patch={0x238: struct.pack("<I", 10)})
     load(small, cmdline="0123456789")
     assert load.text(load.params(0x228, 4)) == b"0123456789"

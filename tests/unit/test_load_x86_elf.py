@@ -37,6 +37,14 @@ def load(tmp_path: Path, memory: GuestMemory) -> Loader:
     return Loader(tmp_path, memory)
 
 
+def many_segments(count: int) -> bytes:
+    """An ELF file with one segment ``count`` times."""
+    file = bytearray(elf64())
+    file[32:40] = struct.pack("<Q", len(file))
+    file[56:58] = struct.pack("<H", count)
+    return bytes(file) + file[64 : 64 + 56] * count
+
+
 @pytest.fixture
 def elftools() -> None:
     pytest.importorskip("elftools", reason="pyelftools is not installed")
@@ -47,6 +55,7 @@ def elftools() -> None:
 @pytest.mark.parametrize("size", [4, 8])
 def test_pvh_start_info(load: Loader, make: object, size: int) -> None:
     other = elf_note(b"build", name=b"GNU\0", kind=3) + elf_note(b"\0", name=b"Linux\0", kind=18)
+    other += elf_note(struct.pack("<I", MIB + 0x80), kind=17)
     note = other + elf_note((MIB + 0x40).to_bytes(size, "little"))
     entry = load(make(note=note), initrd=b"initrd!", cmdline="console=ttyS0")  # type: ignore[operator]
     assert entry == CpuEntry(MIB + 0x40, {"rflags": 2, "gdt": 0x500, "rbx": 0x6000}, "protected32")
@@ -101,6 +110,11 @@ def test_elf_without_a_note_starts_at_its_entry(load: Loader) -> None:
         (elf64(body=bytes(0x3001)),
          "DIR/kernel: damaged ELF file: a segment is larger in the file than in memory"),
         (elf64()[:180], "DIR/kernel: damaged ELF file: a segment ends behind the end of the file"),
+        (elf64(address=1 << 31)[:64 + 8].ljust(176, b"\0"),
+         "DIR/kernel: the ELF file has nothing to load (no PT_LOAD segment)"),
+        (many_segments(257), "DIR/kernel: damaged ELF file: 257 segments; a kernel has a handful"),
+        (elf64()[:5] + b"\x02\x01" + bytes(11) + b"\x3e" + elf64()[19:],
+         "DIR/kernel: a big-endian ELF file; only little-endian guests can be started"),
         (elf64()[:70], "DIR/kernel: damaged ELF file: "),
     ],
 )  # fmt: skip

@@ -35,7 +35,9 @@ def build(runs: list[tuple[int, int, bool]]) -> list[MemorySpec]:
 REGIONS = st.lists(
     st.tuples(st.integers(0, 300), st.integers(1, 300), st.booleans()), min_size=1, max_size=5
 ).map(build)
-RANGES = st.lists(st.tuples(st.integers(0, 3 * MIB), st.integers(0, 3 * MIB)), max_size=5)
+RANGES = st.lists(
+    st.tuples(st.integers(0, 3 * MIB), st.integers(0, 3 * MIB) | st.integers(0, 64 << 10)), max_size=8
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -111,6 +113,16 @@ def test_room_found_is_free_aligned_and_the_outermost(
     assert fits(low) and fits(high) and low <= high
     assert not any(map(fits, range(0, low, max(step, PAGE))))
     assert not any(map(fits, range(high + step, 6 * MIB, step if step > 1 else 4099)))
+
+
+def test_room_does_not_depend_on_the_order_of_what_was_taken() -> None:
+    memory = GuestMemory.allocate([MemorySpec(0, 16 * PAGE)])
+    room = Room(memory)
+    room.take("high", [(8 * PAGE, 4 * PAGE)])
+    room.take("low", [(2 * PAGE, 4 * PAGE)])
+    assert room.lowest(3 * PAGE, 0, 16 * PAGE, PAGE) == 12 * PAGE
+    assert room.highest(2 * PAGE, 0, 12 * PAGE, PAGE) == 6 * PAGE
+    memory.close()
 
 
 GOOD = [bzimage(), elf64(), elf32(), elf64(note=elf_note(struct.pack("<I", MIB)))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -839,6 +840,120 @@ def test_memory_decoding_off_hides_the_device(echo: Plugged[Echo], driver: PciDr
     driver.device.write(pci.COMMAND, pci.COMMAND_MEMORY | pci.COMMAND_BUS_MASTER, 2)
     assert driver.status == 15
     roundtrip(echo, driver)
+
+
+# ---- bus mastering: PCI 3.0, 6.2.2 ------------------------------------------------------------------
+
+
+ON, OFF = pci.COMMAND_MEMORY | pci.COMMAND_BUS_MASTER, pci.COMMAND_MEMORY
+
+
+def used(driver: PciDriver, queue: int = 0) -> bytes:
+    """The device's area of a split queue as it is in memory."""
+    ring = driver.queues[queue]
+    assert isinstance(ring, SplitDriver)
+    return ring.memory.read(ring.used, 6 + 8 * ring.size)
+
+
+@pytest.mark.parametrize("doorbell", ["register", "eventfd", "device"])
+def test_6_2_2_without_bus_mastering_no_queue_is_served_and_nothing_is_lost(
+    echo: Plugged[Echo], driver: PciDriver, doorbell: str
+) -> None:
+    """However the device is woken: by a register, by the engine's eventfd, by itself."""
+    driver.start(PLAIN)
+    roundtrip(echo, driver)
+    driver.device.write(pci.COMMAND, OFF, 2)
+    before = used(driver)
+    ring = driver.queues[0]
+    request = ring.submit([b"ping"], [8])
+    if doorbell == "eventfd":
+        echo.vdev.virtio.doorbells[0].signal()
+    elif doorbell == "device":
+        echo.vdev.virtio.kick(0)
+    echo.settle()
+    assert used(driver) == before
+    assert ring.reap() == []
+    assert echo.vdev.virtio.queue(0) is None
+    driver.device.write(pci.COMMAND, ON, 2)
+    echo.settle()
+    assert ring.reap() == [request]
+    assert echo.vdev.virtio.queue(0) is not None
+
+
+def test_6_2_2_a_driver_that_masters_the_bus_after_driver_ok_is_served_then(
+    echo: Plugged[Echo], driver: PciDriver
+) -> None:
+    driver.device.write(pci.COMMAND, OFF, 2)
+    driver.start(PLAIN)
+    request = driver.queues[1].submit([b"ping"], [8])
+    echo.settle()
+    assert driver.queues[1].reap() == []
+    driver.device.write(pci.COMMAND, ON, 2)
+    echo.settle()
+    assert driver.queues[1].reap() == [request]
+    roundtrip(echo, driver)
+
+
+def test_6_2_2_a_function_does_not_master_the_bus_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has ever written the bit."""
+    write = PciDevice.write
+
+    def without_master(device: PciDevice, offset: int, value: int, size: int = 4) -> None:
+        write(device, offset, value & ~pci.COMMAND_BUS_MASTER if offset == pci.COMMAND else value, size)
+
+    monkeypatch.setattr(PciDevice, "write", without_master)
+    with plug(Echo, transport="pci") as echo:
+        driver = echo.driver()
+        assert isinstance(driver, PciDriver)
+        driver.start(PLAIN)
+        request = driver.queues[0].submit([b"ping"], [8])
+        echo.settle()
+        assert driver.queues[0].reap() == []
+        write(driver.device, pci.COMMAND, ON, 2)
+        echo.settle()
+        assert driver.queues[0].reap() == [request]
+
+
+def test_6_2_2_a_reset_does_not_give_the_bus_back(echo: Plugged[Echo], driver: PciDriver) -> None:
+    driver.start(PLAIN)
+    driver.device.write(pci.COMMAND, OFF, 2)
+    driver.status = 0
+    driver.start(PLAIN)
+    request = driver.queues[0].submit([b"ping"], [8])
+    echo.settle()
+    assert driver.queues[0].reap() == []
+    driver.device.write(pci.COMMAND, ON, 2)
+    echo.settle()
+    assert driver.queues[0].reap() == [request]
+
+
+def test_6_2_2_when_bus_mastering_is_off_the_worker_has_left_guest_memory(
+    echo: Plugged[Echo], driver: PciDriver
+) -> None:
+    driver.start(PLAIN)
+    echo.vdev.gate.clear()
+    request = driver.queues[0].submit([b"ping"], [8])
+    assert echo.vdev.entered.wait(10)
+    writer = threading.Thread(target=driver.device.write, args=(pci.COMMAND, OFF, 2))
+    writer.start()
+    writer.join(0.05)
+    assert writer.is_alive()
+    echo.vdev.gate.set()
+    writer.join()
+    assert driver.queues[0].reap() == [request]
+
+
+def test_6_2_2_other_bits_of_the_command_register_disturb_nobody(
+    echo: Plugged[Echo], driver: PciDriver
+) -> None:
+    driver.start(PLAIN)
+    calls: list[bool] = []
+    assert echo.pci is not None
+    echo.pci.function.on_bus_master = calls.append
+    for command in (ON | pci.COMMAND_INTX_DISABLE, pci.COMMAND_BUS_MASTER, ON, OFF, OFF, 0, ON):
+        driver.device.write(pci.COMMAND, command, 2)
+    driver.device.write(pci.COMMAND + 1, 0, 1)
+    assert calls == [False, True]
 
 
 # ---- the end -----------------------------------------------------------------------------------------------

@@ -200,6 +200,9 @@ class EmulatedGuest:
     def close(self) -> None:
         """Free the emulated CPU, unless it refuses to stop. Idempotent."""
         if self.stop(1.0):
+            for thread in self._threads:
+                if thread is not threading.current_thread():
+                    thread.join(1.0)
             self._cpu.close()
 
     # ---- the vCPU thread -----------------------------------------------------------------------

@@ -20,7 +20,7 @@ class KvmEngine:
     def unusable(self, arch: str) -> str:
         """Why a guest of ``arch`` cannot run here, and what to do; empty when it can.
 
-        Opens /dev/kvm and makes an empty VM to be sure; a fraction of a millisecond.
+        Opens /dev/kvm and makes an empty VM to be sure; that takes a few milliseconds.
         """
         try:
             from qvm_kvm.system import KvmSystem

@@ -87,6 +87,9 @@ raw_ioctl: Any = libc["ioctl"]
 raw_ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 raw_ioctl.restype = ctypes.c_int
 
+#: The same for the one call that counts: ctypes hands objects of its own on without converting them.
+untyped_ioctl: Any = libc["ioctl"]
+
 
 def ioctl(fd: int, request: int, argument: int = 0) -> int:
     """A call with a number. Raises OSError."""

@@ -30,8 +30,6 @@ class _SigAction(ctypes.Structure):
 #: ``int abs(int)`` as a handler: no side effects. No SA_RESTART: the point is to interrupt.
 _NOTHING = ctypes.cast(libc["abs"], ctypes.c_void_p).value
 _DEFAULT = None  # SIG_DFL is a null pointer
-#: A fault of this process has to stay one.
-_SYNCHRONOUS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP}
 
 _lock = threading.Lock()
 _users = 0
@@ -69,8 +67,3 @@ def release() -> None:
         _users -= 1
         if not _users:
             _sigaction(_number, _SigAction(handler=_DEFAULT))
-
-
-def block_all_but(number: int) -> None:
-    """Have the calling thread see this signal and its own faults only; the others are for the main thread."""
-    signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals() - {number} - _SYNCHRONOUS)

@@ -15,10 +15,10 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from qvm_kvm import kick, runpage
+from qvm_kvm import runpage
 from qvm_kvm.arch import Backend
 from qvm_kvm.exits import EXIT_IO, EXIT_IRQ_WINDOW_OPEN, EXIT_MMIO
-from qvm_kvm.ioctls import RUN, raw_ioctl
+from qvm_kvm.ioctls import RUN, untyped_ioctl
 from qvm_kvm.runpage import RunPage
 from qvm_kvm.vm import Vm
 
@@ -38,9 +38,11 @@ class Accesses(NamedTuple):
 
 
 class Vcpu:
-    """A vCPU. ``check()`` is called on its thread when it was interrupted, may wait, and says whether to
-    go on; ``rare(vcpu, reason)`` gets the exits that are no accesses and says the same; ``failed(error)``
-    gets an exception that ended the thread.
+    """A vCPU. Its thread calls these:
+
+    ``check(vcpu)`` at first and when it was interrupted: may wait, and says whether to go on;
+    ``rare(vcpu, reason)`` for exits that are no accesses: says the same;
+    ``failed(vcpu, error)`` for an exception that ends the thread.
 
     Raises OSError when KVM does not give one.
     """
@@ -144,9 +146,10 @@ class Vcpu:
         rare: Callable[[Vcpu, int], bool],
         failed: Callable[[Vcpu, BaseException], None],
     ) -> None:
-        kick.block_all_but(self._signal)
         try:
-            self._loop(check, rare)
+            # Asked once before: a request from before this thread was there has not kicked it.
+            if check(self):
+                self._loop(check, rare)
         except BaseException as error:
             failed(self, error)
         finally:
@@ -155,12 +158,12 @@ class Vcpu:
                 self._running = False
 
     def _loop(self, check: Callable[[Vcpu], bool], rare: Callable[[Vcpu, int], bool]) -> None:
-        fd, enter, counts = self.fd, raw_ioctl, self.counts
+        fd, run, enter, counts = ctypes.c_int(self.fd), ctypes.c_ulong(RUN), untyped_ioctl, self.counts
         u8, u16, u32, u64 = self.page.u8, self.page.u16, self.page.u32, self.page.u64
         read, write, read_port, write_port = self._accesses
         by_size = {1: u8, 2: u16, 4: u32, 8: u64}
         while True:
-            if enter(fd, RUN, None) < 0:
+            if enter(fd, run, None) < 0:
                 if not self._not_entered(ctypes.get_errno(), check):
                     return
                 continue

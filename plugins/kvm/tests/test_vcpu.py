@@ -271,9 +271,9 @@ def test_an_idle_guest_can_be_paused_and_stopped(bench: Any) -> None:
     bench.start(IDLE)
     assert bench.done.wait(20)
     assert bench.guest.pause(20)
-    assert bench.guest.registers()[0]["rip"] == 0x10003
+    assert bench.guest.registers()[0]["rip"] in (0x10002, 0x10003)  # before or in the HLT
     assert bench.guest.stop(20)  # also out of a pause
-    assert bench.guest.registers()[0]["rip"] == 0x10003
+    assert bench.guest.registers()[0]["rip"] in (0x10002, 0x10003)
     assert bench.ends == []
 
 
@@ -341,8 +341,8 @@ def test_one_vcpus_triple_fault_stops_all(make_bench: Any) -> None:
     assert len(bench.ends) == 1
 
 
-def test_signals_stay_with_the_main_thread(bench: Any) -> None:
-    """Python's handlers and its wake-up descriptor see none of the kicks."""
+def test_python_sees_none_of_the_kicks(bench: Any) -> None:
+    """Its handlers stay as they are, and still work."""
     seen: list[int] = []
     numbers = [signal.SIGUSR1, signal.SIGTERM]
     old = {number: signal.signal(number, lambda number, _frame: seen.append(number)) for number in numbers}

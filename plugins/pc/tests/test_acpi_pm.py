@@ -170,6 +170,19 @@ def test_a_guest_that_enables_the_timer_again_and_again_starts_one_timer(pm: Plu
     assert len(pm.ctx.worker._timers) == 1
 
 
+def test_registers_are_where_the_board_announces_them(pm: Plugged[Still]) -> None:
+    """In numbers, for a name could be wrong on both sides."""
+    pm.write(2, 0x0100, 2)
+    assert pm.vdev.on_button()
+    pm.settle()
+    Still.now += 2
+    pm.write(4, 0x1400, 2)
+    assert [pm.read(offset) for offset in (0, 4, 8, 12)] == [0x0100_0100, 0x1401, 2 * 3579545, 0]
+    pm.write(12, 1, 1)
+    pm.write(4, 0x3400, 2)
+    assert (len(pm.ctx.resets), len(pm.ctx.shutdowns)) == (1, 1)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(

@@ -42,6 +42,7 @@ def test_every_second_of_eight_thousand_years_survives(seconds: int, kind: dict[
     [
         [0x60, 0, 0, 1, 1, 1, 0x26, 0x20],
         [0x1A, 0, 0, 1, 1, 1, 0x26, 0x20],
+        [0, 0, 0, 1, 1, 1, 0xA6, 0x20],
         [0, 0xFF, 0, 1, 1, 1, 0x26, 0x20],
         [0, 0, 0x24, 1, 1, 1, 0x26, 0x20],
         [0, 0, 0, 1, 0x31, 0x04, 0x26, 0x20],
@@ -72,15 +73,29 @@ def _slow(alarm: tuple[int | None, int | None, int | None], after: int, until: i
     )
 
 
-parts = st.none() | st.integers(0, 59)
+def _parts(moment: int, used: tuple[bool, bool, bool]) -> tuple[int | None, int | None, int | None]:
+    """The alarm of that moment, with any in place of the parts that are not used."""
+    values = (moment // 3600 % 24, moment // 60 % 60, moment % 60)
+    hour, minute, second = (value if use else None for value, use in zip(values, used, strict=True))
+    return hour, minute, second
 
 
-@given(st.none() | st.integers(0, 23), parts, parts, st.integers(0, 2 * DAY), st.integers(0, 4000))
+@given(
+    st.integers(0, 2 * DAY), st.integers(0, 4000), st.integers(-130, 4130), st.tuples(*[st.booleans()] * 3)
+)
 def test_an_alarm_between_two_moments_is_found_as_by_asking_each_second(
-    hour: int | None, minute: int | None, second: int | None, after: int, length: int
+    after: int, length: int, distance: int, used: tuple[bool, bool, bool]
 ) -> None:
-    found = Alarm(hour, minute, second).between(after, after + length)
-    assert found == _slow((hour, minute, second), after, after + length)
+    """The alarm is near, or even on, one of the ends."""
+    alarm = _parts(after + distance, used)
+    assert Alarm(*alarm).between(after, after + length) == _slow(alarm, after, after + length)
+
+
+@pytest.mark.parametrize("after", [0, 59, 3600, 86399, 100000])
+@pytest.mark.parametrize("distance", [-1, 0, 1, 59, 60, 61, 120, 121])
+def test_an_alarm_at_either_end(after: int, distance: int) -> None:
+    alarm = _parts(after + distance, (True, True, True))
+    assert Alarm(*alarm).between(after, after + 120) == (0 < distance <= 120)
 
 
 def test_any_alarm_goes_off_within_a_day() -> None:
@@ -91,6 +106,17 @@ def test_any_alarm_goes_off_within_a_day() -> None:
 @pytest.mark.parametrize("raw", [[0x60, 0, 0], [0x7F, 0, 0], [0, 0xBF, 0], [0, 0, 0x24], [0, 0, 0x3F]])
 def test_an_alarm_at_no_time_never_goes_off(raw: list[int]) -> None:
     assert Alarm.of(raw, binary=False, hours24=True) is None
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_each_byte_of_an_alarm_has_its_place(place: int) -> None:
+    raw = [0xFF] * 3
+    raw[place] = 0x11
+    alarm = Alarm.of(raw, binary=False, hours24=True)
+    assert alarm is not None
+    start = (11, 11 * 60, 11 * 3600)[place]
+    assert not alarm.between(start - 2, start - 1)
+    assert alarm.between(start - 1, start)
 
 
 def test_the_highest_bytes_of_an_alarm_match_anything() -> None:

@@ -48,6 +48,12 @@ def test_the_index_has_seven_bits_and_cannot_be_read() -> None:
         assert rtc.read(INDEX, 1) == 0xFF
 
 
+def test_it_has_two_ports() -> None:
+    assert [window.size for window in Mc146818.windows] == [2]
+    with plug(Still) as rtc:
+        assert rtc.read(DATA, 1) == 0x09, "the index is 0 at first"
+
+
 def test_it_shows_the_hosts_utc() -> None:
     with plug(Mc146818) as rtc:
         put(rtc, B, B_24H | 4)  # binary
@@ -67,7 +73,7 @@ def test_local_time_and_an_offset(monkeypatch: pytest.MonkeyPatch) -> None:
         time.tzset()
 
 
-@pytest.mark.parametrize("reg", ["0x10,0x40", ["0x10,0x40", "0x11, 7"]])
+@pytest.mark.parametrize("reg", ["0x10,0x40", ["0x10,0x40", "0x11, 7", "0,0", "0x7f,0xff"]])
 def test_bytes_set_at_power_on(reg: object) -> None:
     with plug(Still, reg=reg) as rtc:
         assert get(rtc, 0x10) == 0x40
@@ -120,6 +126,8 @@ def test_a_guest_that_enables_again_and_again_does_not_pile_up_timers() -> None:
 
 def test_a_time_that_does_not_exist_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     with plug(Still) as rtc:
+        put(rtc, MONTH, 0x12)
+        assert caplog.text == ""
         for _ in range(3):
             put(rtc, MONTH, 0x13)
         put(rtc, B, B_24H | B_SET)

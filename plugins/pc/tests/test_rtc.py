@@ -99,6 +99,23 @@ def test_setting_the_time_as_a_driver_does(rtc: Rtc, clock: Clock) -> None:
     assert shown(rtc) == "2000-01-01 00:00:00"
 
 
+@pytest.mark.parametrize("divider", [0x60, 0x70])
+def test_a_divider_in_reset_stands_and_has_no_periodic_events(rtc: Rtc, clock: Clock, divider: int) -> None:
+    rtc.write(A, divider | 6)
+    rtc.write(B, B_24H | B_PIE | B_UIE)
+    rtc.read(C)
+    clock.now += 2.5
+    assert (rtc.read(SECONDS), rtc.read(C), rtc.due()) == (0x09, 0, None)
+
+
+def test_other_dividers_run(rtc: Rtc, clock: Clock) -> None:
+    for divider in (0x00, 0x10, 0x20, 0x30, 0x40, 0x50):
+        rtc.write(A, divider)
+        before = rtc.read(SECONDS)
+        clock.now += 1
+        assert rtc.read(SECONDS) == before + 1 + 6 * (before == 9)
+
+
 def test_after_a_divider_reset_the_first_second_ends_half_a_second_later(rtc: Rtc, clock: Clock) -> None:
     clock.now += 0.9
     rtc.write(B, B_24H | B_SET)
@@ -241,6 +258,13 @@ def test_periodic_interrupt_is_bounded_whatever_the_rate_is(rtc: Rtc, clock: Clo
     assert rtc.read(C) == C_IRQF | C_PF
 
 
+def test_a_periodic_event_is_due_at_the_end_of_its_period(rtc: Rtc, clock: Clock) -> None:
+    rtc.write(A, QUIET | 15)  # twice a second
+    rtc.write(B, B_24H | B_PIE)
+    clock.now += 0.1
+    assert rtc.due() == pytest.approx(0.4)
+
+
 def test_no_rate_is_no_periodic_event(rtc: Rtc, clock: Clock) -> None:
     rtc.write(B, B_24H | B_PIE)
     clock.now += 0.5
@@ -288,6 +312,17 @@ def test_memory_holds_what_is_written(rtc: Rtc) -> None:
         if index != CENTURY:
             assert rtc.write(index, index ^ 0xA5)
     assert all(rtc.read(index) == index ^ 0xA5 for index in range(14, SIZE) if index != CENTURY)
+
+
+def test_a_host_clock_set_back_onto_the_alarm_raises_it(rtc: Rtc, clock: Clock) -> None:
+    for index, value in ((HOURS_ALARM, 0x12), (MINUTES_ALARM, 0x00), (SECONDS_ALARM, 0x00)):
+        rtc.write(index, value)
+    clock.now -= 3600 + 8 * 60 + 10
+    assert not rtc.read(C) & C_AF
+    clock.now += 5000
+    rtc.read(C)
+    clock.now -= 5000 - 1
+    assert rtc.read(C) & C_AF
 
 
 def test_registers_c_and_d_cannot_be_written(rtc: Rtc) -> None:

@@ -1,4 +1,4 @@
-"""Commands of the control queue (virtio 1.4, 5.1.6.5): parsed, checked, applied. No queue, no host."""
+"""Commands of the control queue (virtio 1.4, 5.1.9.5): parsed, checked, applied. No queue, no host."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class VirtioNet(VirtioVdev):
     # ---- life of a driver ----------------------------------------------------------------------
 
     def on_activate(self, features: int) -> None:
-        """Receive on the first pair only, until the driver asks for more (5.1.6.5.5)."""
+        """Receive on the first pair only, until the driver asks for more (5.1.9.5.6)."""
         self._agreed.offloads = features & spec.GUEST_OFFLOADS
         self._host.set_guest_offloads(self._agreed.offloads)
         if features & spec.F_CTRL_VLAN:
@@ -163,21 +163,21 @@ class VirtioNet(VirtioVdev):
     # ---- what commands act upon (ctrl.Card) --------------------------------------------------------
 
     def set_mac(self, mac: bytes) -> None:
-        """The configuration says so before the command is answered (5.1.6.5.2)."""
+        """The configuration says so before the command is answered (5.1.9.5.2)."""
         self.filter.mac = mac
         self.virtio.config_changed()
 
     def acknowledge_announce(self) -> None:
-        """5.1.6.5.4."""
+        """5.1.9.5.4."""
         self._announce = False
         self.virtio.config_changed()
 
     def set_pairs(self, pairs: int) -> bool:
-        """5.1.6.5.5.1."""
+        """5.1.9.5.6."""
         return 1 <= pairs <= self._pairs and self._host.set_pairs(pairs)
 
     def set_guest_offloads(self, offloads: int) -> bool:
-        """5.1.6.5.8."""
+        """5.1.9.5.9."""
         if offloads & ~spec.F_GUEST_CSUM and not offloads & spec.F_GUEST_CSUM:
             return False
         self._agreed.offloads = offloads

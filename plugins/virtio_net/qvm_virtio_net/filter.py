@@ -1,4 +1,4 @@
-"""Which frames a card receives: the filter the driver sets by the control queue (virtio 1.4, 5.1.6.5)."""
+"""Which frames a card receives: the filter the driver sets by the control queue (virtio 1.4, 5.1.9.5)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from qvm_virtio_net.mac import BROADCAST
 
-#: Addresses of each kind that are filtered exactly; with more, all of that kind pass (5.1.6.5.2).
+#: Addresses of each kind that are filtered exactly; with more, all of that kind pass (5.1.9.5.2).
 TABLE_MAX = 128
 _VLAN = b"\x81\x00"
 _VLANS = range(4096)

@@ -1,4 +1,4 @@
-"""The header before each frame (struct virtio_net_hdr, virtio 1.4, 5.1.6): checked before it is believed.
+"""The header before each frame (struct virtio_net_hdr, virtio 1.4, 5.1.9): checked before it is believed.
 
 A frame from another VM carries the header its driver wrote. It may say anything, so the receiving
 side checks it against the frame, and makes it what its own driver agreed to.
@@ -38,7 +38,7 @@ _GSO_OFFLOAD = {spec.GSO_TCPV4: spec.F_GUEST_TSO4, spec.GSO_TCPV6: spec.F_GUEST_
 def parse(data: bytes | bytearray | memoryview, frame_bytes: int) -> Header:
     """The header at the start of ``data``, for a frame of this length. Raises Malformed.
 
-    Flags nobody knows are dropped (5.1.6.2.2), and DATA_VALID with them: nobody here looked at the
+    Flags nobody knows are dropped (5.1.9.2.2), and DATA_VALID with them: nobody here looked at the
     checksum, and another VM's word for it is worth nothing (5.1.9.4.1). What it says of offsets lies
     inside the frame.
     """
@@ -55,14 +55,14 @@ def parse(data: bytes | bytearray | memoryview, frame_bytes: int) -> Header:
         start = offset = 0
     if gso_type == spec.GSO_NONE:
         return Header(flags, gso_type, 0, 0, start, offset)
-    # 5.1.6.4.2: segmentation comes with a partial checksum and a segment size.
+    # 5.1.9.2.1: segmentation comes with a partial checksum and a segment size.
     if not flags & spec.HDR_NEEDS_CSUM or not gso_size:
         raise Malformed("segmentation without a checksum or a size")
     return Header(flags, gso_type, min(hdr_len, frame_bytes), gso_size, start, offset)
 
 
 def acceptable(header: Header, offloads: int) -> bool:
-    """Whether a driver with these guest offloads may be given the header as it is (5.1.6.4.2)."""
+    """Whether a driver with these guest offloads may be given the header as it is (5.1.9.4.1)."""
     if header is PLAIN:
         return True
     if header.flags & spec.HDR_NEEDS_CSUM and not offloads & spec.F_GUEST_CSUM:
@@ -71,5 +71,5 @@ def acceptable(header: Header, offloads: int) -> bool:
 
 
 def trimmed(header: Header, offloads: int) -> Header:
-    """Without flags for a driver that did not negotiate GUEST_CSUM (5.1.6.4.2)."""
+    """Without flags for a driver that did not negotiate GUEST_CSUM (5.1.9.4.1)."""
     return header if offloads & spec.F_GUEST_CSUM or header is PLAIN else header._replace(flags=0)

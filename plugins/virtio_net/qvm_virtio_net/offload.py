@@ -1,4 +1,4 @@
-"""Checksums and TCP segmentation in software, for a driver that can do neither (virtio 1.4, 5.1.6.2).
+"""Checksums and TCP segmentation in software, for a driver that can do neither (virtio 1.4, 5.1.9.2).
 
 The sending VM was promised that its unfinished frames arrive. When the receiving driver did not
 negotiate the matching offload, they are finished here. Slow, right, and rare: Linux takes all.

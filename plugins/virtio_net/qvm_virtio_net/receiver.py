@@ -1,4 +1,4 @@
-"""From the hostdev into the guest's receive queue (virtio 1.4, 5.1.6.3 and 5.1.6.4).
+"""From the hostdev into the guest's receive queue (virtio 1.4, 5.1.9.3 and 5.1.9.4).
 
 A frame is received straight into guest memory: the queue's buffers are popped in stock, the hostdev
 scatters the next frame over them, and those it filled are pushed. Header and addresses come into a
@@ -209,7 +209,7 @@ class Receiver:
             if chain is None:
                 return False
             if chain.writable < spec.HEADER_BYTES:
-                # 5.1.6.3.1: each buffer has room for the header at least.
+                # 5.1.9.3.1: each buffer has room for the header at least.
                 error = BadDescriptorChain(
                     f"queue {self._queue.index}: receive buffer of {chain.writable} bytes"
                 )

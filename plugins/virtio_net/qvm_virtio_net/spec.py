@@ -26,9 +26,9 @@ F_GUEST_ANNOUNCE = 1 << 21
 F_MQ = 1 << 22
 F_CTRL_MAC_ADDR = 1 << 23
 
-#: What a hostdev that carries the header of 5.1.6 makes possible.
+#: What a hostdev that carries the header of 5.1.9 makes possible.
 OFFLOADS = F_CSUM | F_GUEST_CSUM | F_HOST_TSO4 | F_HOST_TSO6 | F_GUEST_TSO4 | F_GUEST_TSO6
-#: The part of a driver's features that CTRL_GUEST_OFFLOADS switches (5.1.6.5.8).
+#: The part of a driver's features that CTRL_GUEST_OFFLOADS switches (5.1.9.5.9).
 GUEST_OFFLOADS = F_GUEST_CSUM | F_GUEST_TSO4 | F_GUEST_TSO6
 
 #: 5.1.3.1: feature -> the feature it needs, both with their names.
@@ -51,7 +51,7 @@ S_ANNOUNCE = 2
 #: struct virtio_net_config up to ``mtu`` (5.1.4): mac, status, max_virtqueue_pairs, mtu.
 CONFIG = struct.Struct("<6sHHH")
 
-#: struct virtio_net_hdr (5.1.6): flags, gso_type, hdr_len, gso_size, csum_start, csum_offset,
+#: struct virtio_net_hdr (5.1.9): flags, gso_type, hdr_len, gso_size, csum_start, csum_offset,
 #: num_buffers. Always 12 bytes with VERSION_1.
 HEADER = struct.Struct("<BBHHHHH")
 HEADER_BYTES = HEADER.size
@@ -64,7 +64,7 @@ GSO_NONE = 0
 GSO_TCPV4 = 1
 GSO_TCPV6 = 4
 
-# Control queue (5.1.6.5): classes, commands and the answer.
+# Control queue (5.1.9.5): classes, commands and the answer.
 CTRL_RX = 0
 CTRL_RX_PROMISC, CTRL_RX_ALLMULTI, CTRL_RX_ALLUNI = 0, 1, 2
 CTRL_RX_NOMULTI, CTRL_RX_NOUNI, CTRL_RX_NOBCAST = 3, 4, 5
@@ -84,6 +84,6 @@ CTRL_ERR = b"\1"
 #: Ethernet: two addresses and a type; a VLAN tag more.
 ETHERNET_BYTES = 14
 VLAN_BYTES = 4
-#: The longest frame: what a driver has to have room for with TSO, less the header (5.1.6.3.1), which
+#: The longest frame: what a driver has to have room for with TSO, less the header (5.1.9.3.1), which
 #: is an IP packet of 64 KiB behind its Ethernet header and a VLAN tag.
 FRAME_BYTES_MAX = 65535 + ETHERNET_BYTES + VLAN_BYTES

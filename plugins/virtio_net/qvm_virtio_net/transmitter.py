@@ -1,4 +1,4 @@
-"""From the guest's transmit queue to the hostdev (virtio 1.4, 5.1.6.2).
+"""From the guest's transmit queue to the hostdev (virtio 1.4, 5.1.9.2).
 
 A frame goes out straight from guest memory. When the hostdev has no room the frame stays in the
 queue, so the driver feels it; after PATIENCE seconds frames are dropped and counted, as a card with

@@ -135,7 +135,7 @@ def test_tap_removed_is_a_cable_out(card: Card, tun: None, until: Until) -> None
     assert guest.send(bytes(60)).done and not guest.device.ctx.faults
 
 
-def test_5_1_6_5_5_tap_with_two_queue_pairs(card: Card, tun: None) -> None:
+def test_5_1_9_5_6_tap_with_two_queue_pairs(card: Card, tun: None) -> None:
     device = card(tap="tq0", queues=2, mac="02:00:00:00:00:01")
     ip("addr", "add", "192.0.2.1/24", "dev", "tq0")
     ip("link", "set", "tq0", "up")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,10 +39,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """``start(script, vdevs, cmdline=..., cpus=...)`` boots a guest that runs the script and powers off."""
     running: list[Vm] = []
 
-    def begin(script: str | None, vdevs: str = "", *, cmdline: str = "", cpus: int = 1) -> Vm:
-        if script is not None:
-            cmdline += " qvm.exec=" + base64.b64encode(script.encode()).decode()
-        path = linux.machine(tmp_path / f"vm{len(running)}.toml", vdevs, cmdline=cmdline, cpus=cpus)
+    def begin(script: str, vdevs: str = "", *, cmdline: str = "", **system: Any) -> Vm:
+        cmdline += " qvm.exec=" + base64.b64encode(script.encode()).decode()
+        path = linux.machine(tmp_path / f"vm{len(running)}.toml", vdevs, cmdline=cmdline, **system)
         running.append(run_qvm(path))
         return running[-1]
 

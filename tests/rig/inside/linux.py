@@ -20,7 +20,7 @@ MACHINE = """
 [system]
 name = "{name}"
 board = "x86_64-pc"
-engine = "kvm"
+engine = "{engine}"
 ram = "{ram}"
 cpus = {cpus}
 
@@ -31,11 +31,11 @@ cmdline = "{cmdline}"
 """
 
 
-def machine(path: Path, vdevs: str = "", *, cmdline: str = "", cpus: int = 1, ram: str = "256M") -> Path:
-    """Write a VM file; its console is the serial port, on stdio."""
+def machine(path: Path, vdevs: str = "", *, cmdline: str = "", **system: Any) -> Path:
+    """Write a VM file; its console is the serial port, on stdio. ``system``: cpus, ram, engine."""
+    system = {"cpus": 1, "ram": "256M", "engine": "kvm", **system}
     line = f"console=ttyS0 quiet {cmdline}".strip()
-    text = MACHINE.format(name=path.stem, guest=GUEST, cmdline=line, cpus=cpus, ram=ram)
-    path.write_text(text + vdevs)
+    path.write_text(MACHINE.format(name=path.stem, guest=GUEST, cmdline=line, **system) + vdevs)
     return path
 
 
@@ -92,6 +92,10 @@ class Shell:
         return self.run(
             f"for b in /sys/block/vd*; do [ $(cat $b/serial) = {name} ] && echo /dev/${{b##*/}}; done; true"
         ).strip()
+
+    def links(self, pattern: str) -> list[str]:
+        """Where the symbolic links lead that match ``pattern``."""
+        return self.run(f"for n in {pattern}; do readlink -f $n; done").splitlines()
 
     def status(self) -> dict[str, Any]:
         """The report of ``qvm status``."""

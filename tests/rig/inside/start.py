@@ -17,10 +17,11 @@ def main() -> int:
     if not list(CODE.glob(f"site/qvmcore/__pycache__/*.{sys.implementation.cache_tag}.pyc")):
         # Made by another Python: compiled here once, not by each `qvm run` again.
         os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = "/tmp/pyc"
+    run = json.loads((CODE / "run.json").read_text())
+    os.environ.update(run["environment"])
     import pytest
 
-    names = json.loads((CODE / "tests.json").read_text())
-    return int(pytest.main(["-v", "-c", str(CODE / "pytest.ini"), "--rootdir", str(CODE), *names]))
+    return int(pytest.main(["-v", "-c", str(CODE / "pytest.ini"), "--rootdir", str(CODE), *run["tests"]]))
 
 
 if __name__ == "__main__":

@@ -22,10 +22,9 @@ def test_poweroff_ends_with_0_and_the_script_s_status_comes_back(start: Start) -
     assert "ended: guest-shutdown" in vm.text
 
 
-@pytest.mark.parametrize("how", ["", "reboot=acpi", "reboot=pci"])
-def test_reboot_ends_with_0(start: Start, how: str) -> None:
-    """By the register of the FADT, which is Linux's first choice as well."""
-    vm = start("reboot -f", cmdline=how)
+def test_reboot_ends_with_0(start: Start) -> None:
+    """By the reset register of the FADT, Linux's first choice."""
+    vm = start("reboot -f")
     assert vm.wait() == 0, vm.text
     assert "ended: guest-reset" in vm.text
 
@@ -41,12 +40,6 @@ def test_a_triple_fault_is_a_crash_with_7(start: Start, cpus: int) -> None:
     vm = start("reboot -f", cmdline="reboot=triple", cpus=cpus)
     assert vm.wait() == 7, vm.text
     assert "ended: guest-crash" in vm.text
-    assert "triple fault" in vm.text
-
-
-def test_panic_with_a_triple_fault_is_a_crash_with_7(start: Start) -> None:
-    vm = start(PANIC, cmdline="panic=-1 reboot=triple")
-    assert vm.wait() == 7, vm.text
     assert "triple fault" in vm.text
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 KVM_GET_API_VERSION, KVM_CREATE_VM = 0xAE00, 0xAE01
@@ -17,3 +20,11 @@ def test_a_vm_can_be_created() -> None:
     with open("/dev/kvm", "r+b", buffering=0) as kvm:
         assert fcntl.ioctl(kvm, KVM_GET_API_VERSION, 0) == 12
         assert fcntl.ioctl(kvm, KVM_CREATE_VM, 0) > 2
+
+
+def test_doctor_finds_kvm_usable() -> None:
+    command = [sys.executable, "-m", "qvmcore", "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    engines = json.loads(done.stdout)["engines"]
+    (kvm,) = [row for row in engines if (row["engine"], row["arch"]) == ("kvm", "x86_64")]
+    assert kvm["problem"] == ""

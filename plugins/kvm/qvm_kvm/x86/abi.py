@@ -95,6 +95,12 @@ class PitConfig(ctypes.Structure):
     _fields_ = [("flags", c_uint32), ("pad", c_uint32 * 15)]
 
 
+class Chip(ctypes.Structure):
+    """struct kvm_irqchip: the state of a PIC or the IOAPIC."""
+
+    _fields_ = [("chip_id", c_uint32), ("pad", c_uint32), ("state", c_uint8 * 512)]
+
+
 class Translation(ctypes.Structure):
     """struct kvm_translation: a virtual address and where it is."""
 
@@ -111,6 +117,8 @@ class Translation(ctypes.Structure):
 GET_SUPPORTED_CPUID = iowr(0x05, 8)
 SET_TSS_ADDR = io(0x47)
 SET_IDENTITY_MAP_ADDR = iow(0x48, 8)
+GET_IRQCHIP = iowr(0x62, ctypes.sizeof(Chip))
+SET_IRQCHIP = ior(0x63, ctypes.sizeof(Chip))  # so in the kernel's header, though it is a write
 CREATE_PIT2 = iow(0x77, ctypes.sizeof(PitConfig))
 GET_REGS = ior(0x81, ctypes.sizeof(Regs))
 SET_REGS = iow(0x82, ctypes.sizeof(Regs))
@@ -127,3 +135,5 @@ CAP_SET_IDENTITY_MAP_ADDR = 37
 CAP_TSC_DEADLINE_TIMER = 72
 
 PIT_SPEAKER_DUMMY = 1
+#: Index of the interrupt mask in the state of a PIC (struct kvm_pic_state).
+PIC_MASK = 2

@@ -27,6 +27,8 @@ APIC_BASE = 0xFEE00000
 APIC_SIZE = 0x100000
 _CHIP_PIC_MASTER, _CHIP_PIC_SLAVE, _CHIP_IOAPIC = 0, 1, 2
 IOAPIC_PINS = 24
+#: No memory may be there: IOAPIC, APIC, identity map and the three pages behind it.
+_RESERVED = ((IOAPIC_BASE, 0x1000), (APIC_BASE, APIC_SIZE), (IDENTITY_MAP, 0x4000))
 _PIC_PINS = 16
 #: GSI 0, the timer, is wired to this pin of the IOAPIC, as on every PC.
 _TIMER_PIN = 2
@@ -72,7 +74,18 @@ class X86Backend:
             raise EngineError(
                 f"an x86 guest has at most {cpuid.MAX_CPUS} CPUs, not {config.cpus}", hint="lower cpus"
             )
+        self._check_memory(config)
         self._check_width(config)
+
+    def _check_memory(self, config: GuestConfig) -> None:
+        for region in config.memory.regions:
+            for start, size in _RESERVED:
+                if region.start < start + size and start < region.end:
+                    raise EngineError(
+                        f"memory [{region.start:#x}, {region.end:#x}) covers "
+                        f"[{start:#x}, {start + size:#x}), which KVM needs for itself",
+                        hint="leave the last 20 MiB below 4 GiB free of memory",
+                    )
 
     def _check_width(self, config: GuestConfig) -> None:
         bits = cpuid.physical_bits(self._leaves)
@@ -94,6 +107,7 @@ class X86Backend:
             ioctl_struct(vm.fd, abi.SET_IDENTITY_MAP_ADDR, _Address(IDENTITY_MAP))
             ioctl(vm.fd, abi.SET_TSS_ADDR, TSS)
             ioctl(vm.fd, ioctls.CREATE_IRQCHIP)
+            _mask_pics(vm)
             # The speaker flag makes port 0x61 the kernel's: Linux times the PIT's channel 2 by it.
             ioctl_struct(vm.fd, abi.CREATE_PIT2, abi.PitConfig(abi.PIT_SPEAKER_DUMMY))
             self._interrupts = Interrupts(vm, _pins(), IOAPIC_PINS)
@@ -153,6 +167,15 @@ class X86Backend:
 
 class _Address(ctypes.Structure):
     _fields_ = [("value", ctypes.c_uint64)]
+
+
+def _mask_pics(vm: Vm) -> None:
+    """As firmware leaves them: a guest that uses the IOAPIC alone must not get their interrupts, too."""
+    for number in (_CHIP_PIC_MASTER, _CHIP_PIC_SLAVE):
+        chip = abi.Chip(number)
+        ioctl_struct(vm.fd, abi.GET_IRQCHIP, chip)
+        chip.state[abi.PIC_MASK] = 0xFF
+        ioctl_struct(vm.fd, abi.SET_IRQCHIP, chip)
 
 
 def _pins() -> list[Route]:

@@ -43,4 +43,3 @@ def code_at(vcpu_fd: int, memory: GuestMemory, values: Mapping[str, int]) -> byt
         except GuestMemoryError:
             continue  # the end of memory is near
     return b""
-

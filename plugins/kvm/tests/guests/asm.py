@@ -161,15 +161,15 @@ TOOLS = ("as", "ld", "nm")
 
 @dataclass(frozen=True)
 class Image:
-    """Machine code that runs at ORIGIN, and the addresses of its labels."""
+    """Machine code that runs at its origin, and the addresses of its labels."""
 
     code: bytes
     labels: dict[str, int]
 
 
 @functools.cache
-def assemble(text: str, mode: str) -> Image:
-    """Assemble and link. Skips without the tools; AssertionError with their words for a wrong text."""
+def assemble(text: str, mode: str, origin: int = ORIGIN) -> Image:
+    """Assemble and link, to run at ``origin``. Skips without the tools; AssertionError with their words for a wrong text."""
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
         pytest.skip(f"{', '.join(missing)} not found: apt-get install binutils")
@@ -177,8 +177,9 @@ def assemble(text: str, mode: str) -> Image:
         folder = Path(name)
         (folder / "guest.s").write_text(f"{_PRELUDES[mode]}\n        .globl _start\n_start:\n{text}\n")
         _run(folder, "as", "--64", "-o", "guest.o", "guest.s")
-        _run(folder, "ld", "-Ttext", hex(ORIGIN), "-N", "-o", "guest.elf", "guest.o")
-        _run(folder, "ld", "-Ttext", hex(ORIGIN), "-N", "--oformat", "binary", "-o", "guest.bin", "guest.o")
+        link = ("ld", "-Ttext", hex(origin), "-N")
+        _run(folder, *link, "-o", "guest.elf", "guest.o")
+        _run(folder, *link, "--oformat", "binary", "-o", "guest.bin", "guest.o")
         rows = [line.split() for line in _run(folder, "nm", "guest.elf").splitlines()]
         labels = {row[2]: int(row[0], 16) for row in rows if len(row) == 3}
         return Image((folder / "guest.bin").read_bytes(), labels)

@@ -1,0 +1,297 @@
+"""Interrupts: lines of the IOAPIC, vectors of the APIC, messages and their routes; counts are exact."""
+
+from __future__ import annotations
+
+import resource
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from qvm_kvm import irq
+
+from qvmcore.api import EngineError, IntrSpec
+
+#: Vectors 0x40, 0x41 (pin 5, edge), 0x42 (pin 6, level); each handler writes its vector to port 0xe0.
+PROGRAM = """
+10000 0f011d4a000000  lidt 0x4a(%rip) # 0x10051
+10007 bbf000e0fe  mov $0xfee000f0,%ebx
+1000c c703ff010000  movl $0x1ff,(%rbx)
+10012 bb0000c0fe  mov $0xfec00000,%ebx
+10017 c7031a000000  movl $0x1a,(%rbx)
+1001d c7431041000000  movl $0x41,0x10(%rbx)
+10024 c7031b000000  movl $0x1b,(%rbx)
+1002a c7431000000000  movl $0x0,0x10(%rbx)
+10031 c7031c000000  movl $0x1c,(%rbx)
+10037 c7431042800000  movl $0x8042,0x10(%rbx)
+1003e c7031d000000  movl $0x1d,(%rbx)
+10044 c7431000000000  movl $0x0,0x10(%rbx)
+1004b fb  sti
+1004c e6e9  out %al,$0xe9
+1004e f4  hlt
+1004f ebfd  jmp 0x1004e
+10051 ff0f0000020000000000  IDTR: limit 0xfff, base 0x20000
+1005b 50  push %rax
+1005c b040  mov $0x40,%al
+1005e eb08  jmp 0x10068
+10060 50  push %rax
+10061 b041  mov $0x41,%al
+10063 eb03  jmp 0x10068
+10065 50  push %rax
+10066 b042  mov $0x42,%al
+10068 e6e0  out %al,$0xe0
+1006a b8b000e0fe  mov $0xfee000b0,%eax
+1006f c70000000000  movl $0x0,(%rax)
+10075 58  pop %rax
+10076 48cf  iretq
+"""
+#: Counts channel 0 of the PIT down once; IOAPIC pin 2 is vector 0x41.
+TIMER = """
+10000 0f011d3a000000  lidt 0x3a(%rip) # 0x10041
+10007 bbf000e0fe  mov $0xfee000f0,%ebx
+1000c c703ff010000  movl $0x1ff,(%rbx)
+10012 bb0000c0fe  mov $0xfec00000,%ebx
+10017 c70314000000  movl $0x14,(%rbx)
+1001d c7431041000000  movl $0x41,0x10(%rbx)
+10024 c70315000000  movl $0x15,(%rbx)
+1002a c7431000000000  movl $0x0,0x10(%rbx)
+10031 b030  mov $0x30,%al
+10033 e643  out %al,$0x43
+10035 b0ff  mov $0xff,%al
+10037 e640  out %al,$0x40
+10039 b001  mov $0x1,%al
+1003b e640  out %al,$0x40
+1003d fb  sti
+1003e f4  hlt
+1003f ebfd  jmp 0x1003e
+10041 ff0f0000020000000000  IDTR: limit 0xfff, base 0x20000
+1004b 50  push %rax
+1004c b041  mov $0x41,%al
+1004e e6e0  out %al,$0xe0
+10050 b8b000e0fe  mov $0xfee000b0,%eax
+10055 c70000000000  movl $0x0,(%rax)
+1005b 58  pop %rax
+1005c 48cf  iretq
+"""
+
+#: Sets up the first PIC from vector 0x40 on, input 5 unmasked.
+PIC = """
+10000 0f011d1a000000  lidt 0x1a(%rip) # 0x10021
+10007 b011  mov $0x11,%al
+10009 e620  out %al,$0x20
+1000b b040  mov $0x40,%al
+1000d e621  out %al,$0x21
+1000f b004  mov $0x4,%al
+10011 e621  out %al,$0x21
+10013 b001  mov $0x1,%al
+10015 e621  out %al,$0x21
+10017 b0df  mov $0xdf,%al
+10019 e621  out %al,$0x21
+1001b fb  sti
+1001c e6e9  out %al,$0xe9
+1001e f4  hlt
+1001f ebfd  jmp 0x1001e
+10021 ff0f0000020000000000  IDTR: limit 0xfff, base 0x20000
+1002b 50  push %rax
+1002c b045  mov $0x45,%al
+1002e e6e0  out %al,$0xe0
+10030 b020  mov $0x20,%al
+10032 e620  out %al,$0x20
+10034 58  pop %rax
+10035 48cf  iretq
+"""
+
+HANDLERS = {0x40: 0x1005B, 0x41: 0x10060, 0x42: 0x10065}
+IDT = 0x20000
+APIC = 0xFEE00000
+
+
+def put_handlers(bench: Any, handlers: dict[int, int]) -> None:
+    """Fill the guest's IDT: vector -> address."""
+    for vector, handler in handlers.items():
+        gate = struct.pack("<HHBBHII", handler & 0xFFFF, 0x10, 0, 0x8E, handler >> 16, 0, 0)
+        bench.memory.write(IDT + 16 * vector, gate)
+
+
+@pytest.fixture
+def ready(bench: Any) -> Iterator[Any]:
+    """A guest that waits for interrupts."""
+    put_handlers(bench, HANDLERS)
+    bench.start(PROGRAM)
+    assert bench.done.wait(20)
+    yield bench
+    assert bench.ends == []
+
+
+def taken(bench: Any) -> Counter[int]:
+    """How often each vector's handler ran."""
+    return Counter(value for space, how, _, _, value in bench.accesses if (space, how) == ("io", "w"))
+
+
+def one_by_one(bench: Any, vector: int, count: int, signal: Callable[[], None]) -> None:
+    """Each signal is exactly one interrupt."""
+    for number in range(1, count + 1):
+        signal()
+        assert bench.wait(lambda number=number: taken(bench)[vector] == number), f"lost number {number}"
+    assert taken(bench)[vector] == count
+
+
+def test_an_edge_is_one_write_to_an_irqfd(ready: Any) -> None:
+    line = ready.guest.irq_line(IntrSpec("ioapic", 5))
+    assert ready.guest.status()["irqfds"] == 0
+    one_by_one(ready, 0x41, 100, line.pulse)
+    assert ready.guest.status()["irqfds"] == 1
+
+
+def test_a_rising_level_on_an_edge_pin_is_one_interrupt(ready: Any) -> None:
+    line = ready.guest.irq_line(IntrSpec("ioapic", 5))
+
+    def cycle() -> None:
+        line.set(True)
+        line.set(True)
+        line.set(False)
+
+    one_by_one(ready, 0x41, 50, cycle)
+    assert ready.guest.status()["irqfds"] == 0
+
+
+def test_a_pulse_of_a_high_line_is_a_further_edge(ready: Any) -> None:
+    line = ready.guest.irq_line(IntrSpec("ioapic", 5))
+    line.pulse()
+    assert ready.wait(lambda: taken(ready)[0x41] == 1)
+    line.set(True)
+    assert ready.wait(lambda: taken(ready)[0x41] == 2)
+    line.pulse()
+    assert ready.wait(lambda: taken(ready)[0x41] == 3)
+    line.set(False)
+    assert taken(ready) == {0x41: 3}
+
+
+def test_a_level_interrupts_again_until_it_falls(ready: Any) -> None:
+    line = ready.guest.irq_line(IntrSpec("ioapic", 6))
+    seen = 0
+    lowered: list[int] = []
+
+    def lower(_offset: int, _size: int, _value: int) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 3:
+            line.set(False)
+            lowered.append(taken(ready)[0x42])
+
+    ready.write = lower
+    # The APIC of kvm_pvm ends an interrupt when it delivers it, so the line, still high, is pending again.
+    extra = int(Path("/sys/module/kvm_pvm").exists())
+    for number in range(1, 21):
+        seen = 0
+        line.set(True)
+        assert ready.wait(lambda number=number: taken(ready)[0x42] >= (3 + extra) * number)
+        assert len(lowered) == number
+    one_by_one(ready, 0x40, 1, lambda: ready.guest.signal_msi(APIC, 0x40))
+    assert taken(ready)[0x42] == (3 + extra) * 20
+
+
+def test_the_timer_is_on_pin_2(bench: Any) -> None:
+    put_handlers(bench, {0x41: 0x1004B})
+    bench.start(TIMER)
+    assert bench.wait(lambda: taken(bench) == {0x41: 1})
+    assert bench.guest.status()["exits"] == {"io": 1, "mmio": 0}  # timer and controllers are KVM's
+
+
+def test_a_line_reaches_the_pic_of_a_guest_that_uses_it(bench: Any) -> None:
+    put_handlers(bench, {0x45: 0x1002B})
+    bench.start(PIC)
+    assert bench.done.wait(20)
+    one_by_one(bench, 0x45, 20, bench.guest.irq_line(IntrSpec("ioapic", 5)).pulse)
+    assert bench.ends == []
+
+
+def test_apic_vector_is_a_message_to_the_first_cpu(ready: Any) -> None:
+    line = ready.guest.irq_line(IntrSpec("apic", 0x40))
+    one_by_one(ready, 0x40, 50, line.pulse)
+    line.set(True)
+    line.set(True)
+    assert ready.wait(lambda: taken(ready)[0x40] == 51)
+    line.set(False)
+    line.set(True)
+    assert ready.wait(lambda: taken(ready)[0x40] == 52)
+
+
+def test_a_message_gets_one_route_and_is_one_write(ready: Any) -> None:
+    one_by_one(ready, 0x40, 100, lambda: ready.guest.signal_msi(APIC, 0x40))
+    status = ready.guest.status()
+    assert (status["msi_routes"], status["irqfds"], status["msi_slow"]) == (1, 1, 0)
+
+
+def test_routes_are_bounded_and_further_messages_arrive_all_the_same(
+    ready: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(irq, "MAX_ROUTES", 4)
+    for page in range(10):
+        ready.guest.signal_msi(APIC + 0xF0000, 0x50 + page)  # a CPU that is not there
+    one_by_one(ready, 0x40, 20, lambda: ready.guest.signal_msi(APIC, 0x40))
+    status = ready.guest.status()
+    assert status["msi_routes"] == 4
+    assert status["msi_slow"] + status["msi_refused"] == 6 + 20
+
+
+def test_pins_still_work_after_routes_were_added(ready: Any) -> None:
+    for vector in range(0x60, 0x70):
+        ready.guest.signal_msi(APIC + 0xF0000, vector)
+    one_by_one(ready, 0x41, 20, ready.guest.irq_line(IntrSpec("ioapic", 5)).pulse)
+
+
+def test_without_descriptors_interrupts_take_the_slow_way(ready: Any) -> None:
+    line = ready.guest.irq_line(IntrSpec("ioapic", 5))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        ready.guest.signal_msi(APIC, 0x40)
+        line.pulse()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert ready.wait(lambda: taken(ready) == {0x40: 1, 0x41: 1})
+    assert ready.guest.status()["irqfds"] == 0
+
+
+@pytest.mark.parametrize("address", [0, 0xFEDFFFFF, 0xFEF00000, 1 << 32 | APIC, (1 << 64) - 1])
+def test_a_message_to_elsewhere_is_dropped(bench: Any, address: int) -> None:
+    bench.guest.signal_msi(address, 0x40)
+    assert bench.guest.status()["msi_routes"] == 0
+
+
+def test_messages_of_no_sense_hurt_only_the_guest(ready: Any) -> None:
+    """Also to a CPU that is not there, and of kinds that are reserved."""
+    for data in (0, 0xFF, 0x100, 0x300, 0x600, 0xFFFF, 0xFFFFFFFF):
+        ready.guest.signal_msi(APIC + 0xF0FFC, data)
+    one_by_one(ready, 0x40, 10, lambda: ready.guest.signal_msi(APIC, 0x40))
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "text"),
+    [
+        ("gic", 41, "no interrupt gic:41; there are ioapic:1 to ioapic:23, apic:32 to apic:255"),
+        ("ioapic", 24, "no interrupt ioapic:24"),
+        ("apic", 31, "no interrupt apic:31"),
+        ("pic", 3, "no interrupt pic:3"),
+        ("ioapic", 2, "ioapic:2 cannot be a vdev's interrupt; pins 0 and 2 belong to the timer"),
+    ],
+)
+def test_lines_that_are_not_there(bench: Any, name: str, number: int, text: str) -> None:
+    with pytest.raises(EngineError, match=text):
+        bench.guest.irq_line(IntrSpec(name, number))
+
+
+def test_a_late_signal_after_close_does_nothing(bench: Any) -> None:
+    guest = bench.guest
+    lines = [guest.irq_line(IntrSpec("ioapic", 5)), guest.irq_line(IntrSpec("apic", 0x40))]
+    for line in lines:
+        line.pulse()
+    guest.close()
+    for line in lines:
+        line.pulse()
+        line.set(True)
+    guest.signal_msi(APIC, 0x41)
+    assert guest.status()["irqfds"] == 0

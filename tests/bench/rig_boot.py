@@ -1,0 +1,75 @@
+#!/usr/bin/env python3
+"""Boot to userspace on KVM, qvm against QEMU, by turns in one run of the rig (see tests/rig).
+
+Same kernel, initramfs, command line, one CPU, 256 MiB and a virtio disk on PCI. The rig's machine is
+itself emulated, so the ratio counts, not the seconds. Firmware is part of QEMU's way to a kernel.
+
+    python tests/bench/rig_boot.py [--runs 5] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from qvm_guests.progress import Progress  # noqa: E402
+
+from tests.rig import machine  # noqa: E402
+from tests.rig.results import Results, Silence  # noqa: E402
+
+TEST = "tests/rig/inside/bench_boot.py::test_boot_times"
+#: qvm's median by QEMU's, on the machine type that QEMU boots faster.
+TARGET = 1.3
+
+
+def main() -> int:
+    """Run it and print the medians."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    try:
+        rig = machine.start(
+            [TEST], Progress(), timeout=3600, environment={"QVM_RIG_RUNS": str(arguments.runs)}
+        )
+    except machine.UnusableError as error:
+        print(error, file=sys.stderr)
+        return 1
+    try:
+        reports = list(Results(rig, patience=3600).of(TEST))
+        failed = [report for report in reports if report["outcome"] != "passed"]
+        if failed:
+            print(json.dumps(failed, indent=1), file=sys.stderr)
+            return 1
+    except Silence as silence:
+        print(f"{silence}\n{rig.tail()}", file=sys.stderr)
+        return 1
+    finally:
+        rig.close()
+    times: dict[str, list[float]] = {}
+    for name, seconds in reports[-1]["user_properties"]:
+        times.setdefault(name, []).append(seconds)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    ratio = medians["qvm"] / min(value for name, value in medians.items() if name != "qvm")
+    if arguments.json:
+        print(json.dumps({"times": times, "medians": medians, "ratio": ratio, "target": TARGET}))
+        return 0
+    for name, values in times.items():
+        spread = f"{min(values):.2f} to {max(values):.2f} s, {len(values)} runs"
+        print(f"{name:9} median {medians[name]:6.2f} s   {spread}")
+    print(f"ratio {ratio:.2f} (target {TARGET})")
+    return 0
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Run by tests/bench/rig_boot.py: how long an unmodified kernel takes to its first program on KVM.
+
+qvm and QEMU by turns with the same kernel, initramfs, command line, memory, number of CPUs and disk. Time
+runs from the start of the process to a line of a script in the guest, on the serial port.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.rig.inside import linux
+
+MARK = b"bench-userspace"
+RUNS = int(os.environ.get("QVM_RIG_RUNS", "5"))
+LIMIT = 240
+
+
+def measure(command: list[str]) -> float:
+    """Seconds to the mark; the process is ended then."""
+    started = time.monotonic()
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        assert process.stdout is not None
+        said = b""
+        try:
+            while MARK not in said:
+                assert time.monotonic() - started < LIMIT, said.decode(errors="replace")
+                chunk = os.read(process.stdout.fileno(), 4096)
+                assert chunk, said.decode(errors="replace")
+                said += chunk
+            return time.monotonic() - started
+        finally:
+            process.kill()
+
+
+def qvm(folder: Path, cmdline: str) -> list[str]:
+    """Our VM; its disk is on PCI like the other's."""
+    disk = linux.vdev("virtio-blk", "disk0", hostdev=str(folder / "disk.img"))
+    path = linux.machine(folder / "bench.toml", disk, cmdline=cmdline)
+    return [sys.executable, "-m", "qvmcore", "run", str(path)]
+
+
+def qemu(folder: Path, cmdline: str, machine: str) -> list[str]:
+    """QEMU's, without any device the other has not."""
+    return [
+        "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+        "-machine", machine, "-accel", "kvm", "-cpu", "host", "-m", "256", "-serial", "stdio",
+        "-kernel", str(linux.GUEST / "vmlinuz"), "-initrd", str(linux.GUEST / "initramfs.cpio.gz"),
+        "-append", f"console=ttyS0 quiet {cmdline}",
+        "-drive", f"file={folder / 'disk.img'},if=none,id=disk,format=raw",
+        "-device", "virtio-blk-pci,drive=disk,disable-legacy=on",
+    ]  # fmt: skip
+
+
+@pytest.mark.timeout(LIMIT * (3 * RUNS + 2))
+def test_boot_times(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    """One boot of each is not counted: it reads the files into the page cache."""
+    (tmp_path / "disk.img").write_bytes(bytes(16 << 20))
+    script = base64.b64encode(f"echo {MARK.decode()}; poweroff -f".encode()).decode()
+    commands = {
+        "qvm": qvm(tmp_path, f"qvm.exec={script}"),
+        "qemu-q35": qemu(tmp_path, f"qvm.exec={script}", "q35"),
+        "qemu-pc": qemu(tmp_path, f"qvm.exec={script}", "pc"),
+    }
+    for command in commands.values():
+        measure(command)
+    for _ in range(RUNS):
+        for name, command in commands.items():
+            record_property(name, measure(command))

@@ -6,6 +6,7 @@
      +-- ConfigError       the VM file or the command line     -> exit 65
      +-- PluginError       a plugin distribution               -> exit 64 (65 when the VM file names it)
      +-- HostError         a file, device or call of the host  -> exit 64 before start, 96 after
+     +-- NotQuiet          a physical device is not proven quiet -> exit 8
      +-- EngineError       the engine cannot run this guest    -> exit 64 before start, 96 after
      +-- GuestError        the guest did something illegal; the device fails, the VM lives
           +-- GuestMemoryError
@@ -71,6 +72,10 @@ class HostError(QvmError):
     def from_os(cls, action: str, path: object, error: OSError, *, hint: str = "") -> HostError:
         """``cannot <action> <path>: <strerror>``."""
         return cls(f"cannot {action} {path}: {error.strerror or error}", hint=hint)
+
+
+class NotQuiet(QvmError):
+    """A physical device could not be proven quiet: it may still write to memory or interrupt."""
 
 
 class EngineError(QvmError):

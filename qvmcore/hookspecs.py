@@ -95,7 +95,8 @@ def qvm_bind_irq(vdev: Vdev, index: int, intr: IntrSpec, guest: Guest) -> IrqLin
 
 @hookspec
 def qvm_termination_callbacks(machine: Any) -> Iterable[TerminationCallback]:  # type: ignore[empty-body]
-    """Steps of the end that belong to no single vdev, collected before the first instruction.
+    """Steps of the end that belong to no single vdev, collected when every vdev is configured.
 
-    ``machine`` is the :class:`qvmcore.machine.Machine`: read its ``spec`` and ``slots``.
+    ``machine`` is the :class:`qvmcore.machine.Machine`: read its ``spec`` and ``slots``. Nothing has been
+    started: the place to get ready for the end. Raise a QvmError to refuse the start.
     """

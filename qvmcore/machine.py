@@ -58,8 +58,13 @@ class Outcome:
 
     @property
     def code(self) -> int:
-        """Exit code of the process."""
-        return self.end.code
+        """Exit code of the process: 8 when a physical device was not proven quiet, whatever the end was."""
+        return self.end.code if self.quiet else Reason.NOT_QUIET.exit_code
+
+    @property
+    def quiet(self) -> bool:
+        """Whether everybody who quiesces a physical device says that it is quiet."""
+        return all(step.verdict == "ok" for step in self.steps if step.quiets)
 
 
 class Machine:
@@ -181,10 +186,12 @@ class Machine:
         bind_irqs(self.slots, self._host, guest)
         if functions is not None:
             functions.bind_irqs(guest)
-        for callback in self._host.termination_callbacks(self):
-            self.plan.add(callback)
         for slot in self.slots:
             slot.configure(memory)
+        for callback in self._host.termination_callbacks(self):
+            self.plan.add(callback)
+        if self.spec.require_quiesce:
+            self._check_quiesce()
         bind_windows(self.slots, self._host, bus, ports)
         if functions is not None:
             functions.bind_functions(guest, bus, ports)
@@ -196,6 +203,18 @@ class Machine:
             slot.vdev.on_starting()
         self.started = True
         guest.start(entry)
+
+    def _check_quiesce(self) -> None:
+        """``[safety] require_quiesce``: each physical device has somebody who stops its DMA."""
+        covered = {
+            name for each in self.plan.callbacks if each.phase is Phase.STOP_DMA for name in each.quiets
+        }
+        bare = [slot.spec.where for slot in self.slots if slot.cls.physical and slot.name not in covered]
+        if bare:
+            raise HostError(
+                f"[safety] require-quiesce: nobody quiesces {', '.join(bare)}",
+                hint='add a [[vdev]] with type = "quiesce"',
+            )
 
     def _described(self) -> list[DescribedVdev]:
         return [DescribedVdev(slot.spec, slot.vdev) for slot in self.slots]

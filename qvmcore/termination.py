@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from qvmcore.errors import QvmError
 from qvmcore.events import stack_of
 from qvmcore.types import GuestEnd
 
@@ -38,12 +39,15 @@ class TerminationCallback:
 
     ``run(end)`` must be idempotent and bounded by itself; it runs on a thread of its own.
     ``deadline`` is in seconds; a callback that exceeds it is abandoned and reported with its stack.
+    ``quiets`` are the names of the vdevs whose physical devices it quiesces: unless it ends well, the
+    exit code of the VM is 8. It raises :class:`~qvmcore.errors.NotQuiet` when one is not proven quiet.
     """
 
     name: str
     phase: Phase
     run: Callable[[GuestEnd], None]
     deadline: float = 1.0
+    quiets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,7 @@ class StepResult:
     verdict: str
     seconds: float
     detail: str = ""
+    quiets: tuple[str, ...] = ()
 
 
 class _Step:
@@ -75,7 +80,8 @@ class _Step:
         except BaseException as error:
             # The one place where a termination callback is isolated: whatever it raises is its
             # own failure and is reported; SystemExit must not end the plan either.
-            self._error = "".join(traceback.format_exception(error)).strip()
+            known = isinstance(error, QvmError)
+            self._error = str(error) if known else "".join(traceback.format_exception(error)).strip()
         finally:
             self._took = time.monotonic() - self._started
 
@@ -85,9 +91,11 @@ class _Step:
         self._thread.join(max(0.0, self._started + callback.deadline - time.monotonic()))
         if self._thread.is_alive():
             stack = stack_of(self._thread.ident)
-            return StepResult(callback.name, callback.phase, "late", callback.deadline, stack)
+            return StepResult(
+                callback.name, callback.phase, "late", callback.deadline, stack, callback.quiets
+            )
         verdict = "failed" if self._error else "ok"
-        return StepResult(callback.name, callback.phase, verdict, self._took, self._error)
+        return StepResult(callback.name, callback.phase, verdict, self._took, self._error, callback.quiets)
 
 
 class TerminationPlan:

@@ -25,6 +25,7 @@ class Reason(enum.Enum):
     WATCHDOG = ("watchdog", 4)
     UNSUPPORTED_ACCESS = ("unsupported-access", 5)
     VDEV_FATAL = ("vdev-fatal", 6)
+    NOT_QUIET = ("not-quiet", 8)
     HOST_ERROR = ("host-error", 96)
 
     def __init__(self, label: str, exit_code: int) -> None:
@@ -276,3 +277,5 @@ class MachineSpec:
     base_dir: Path = Path()
     #: Whether the machine has a PCI bus.
     pci: bool = False
+    #: Refuse to start unless every physical device has somebody who quiesces it.
+    require_quiesce: bool = False

@@ -125,6 +125,8 @@ class Vdev:
     fdt_compatible: ClassVar[tuple[str, ...]] = ()
     #: Announced under this ACPI hardware ID on a board described by ACPI; empty = not at all.
     acpi_hid: ClassVar[str] = ""
+    #: It gives the guest a physical device, which has to be quiesced when the VM ends.
+    physical: ClassVar[bool] = False
     #: What a plain number in ``loc`` means: ``mem``, guest-physical bytes, or ``io``, a port.
     space: ClassVar[str] = "mem"
 

@@ -37,6 +37,7 @@ def run(state: State, files: tuple[Path, ...], overrides: tuple[str, ...], engin
     Exit code  0  the guest powered off or reset
                3  the power was cut     4  watchdog
                5  unsupported access    6  a vdev failed     7  the guest crashed
+               8  a physical device could not be proven quiet
               64  could not start      65  wrong VM file    96  failed while running
     """
     from qvmcore.machine import Machine
@@ -49,4 +50,6 @@ def run(state: State, files: tuple[Path, ...], overrides: tuple[str, ...], engin
     finally:
         state.started = machine.started
     log.info("ended: %s%s", outcome.end.reason, f": {outcome.end.message}" if outcome.end.message else "")
+    if not outcome.quiet:
+        log.error("ended: not every physical device was proven quiet; see: qvm quiesce status")
     return outcome.code

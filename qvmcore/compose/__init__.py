@@ -19,6 +19,7 @@ from qvmcore.compose.tables import (
     PLANNED,
     LoadTable,
     MemoryTable,
+    SafetyTable,
     SystemTable,
     array,
     check_name,
@@ -29,7 +30,7 @@ from qvmcore.compose.vdevs import VdevClasses, build_vdevs, named_tables
 from qvmcore.errors import nearest
 from qvmcore.types import LoadSpec, MachineSpec, MemorySpec, Source
 
-_SECTIONS = ("system", "load", *ARRAYS)
+_SECTIONS = ("system", "load", "safety", *ARRAYS)
 
 __all__ = ["Plugins", "compose"]
 
@@ -72,6 +73,7 @@ def compose(files: Iterable[str | Path], overrides: Sequence[str], host: Plugins
 
     memory = _memory(root, system, table, board, problems)
     load = _load(root, problems)
+    safety = read_table(SafetyTable, section(root, "safety", problems), "safety", problems) or SafetyTable()
     vdevs, classes = build_vdevs(array(root, "vdev", problems), board, host, problems)
     pci = False
     if board is not None:
@@ -96,6 +98,7 @@ def compose(files: Iterable[str | Path], overrides: Sequence[str], host: Plugins
         source=root.source,
         base_dir=root.base_dir.absolute(),
         pci=pci,
+        require_quiesce=safety.require_quiesce,
     )
 
 
@@ -143,7 +146,7 @@ def _check_sections(root: Table, problems: Problems) -> None:
 
 def _home_of(key: str) -> str:
     spelt = key.replace("_", "-")
-    for name, cls in (("system", SystemTable), ("load", LoadTable)):
+    for name, cls in (("system", SystemTable), ("load", LoadTable), ("safety", SafetyTable)):
         if spelt in cls.__struct_encode_fields__:
             return f"write it under [{name}]"
     return nearest(key, [*_SECTIONS, "include"])

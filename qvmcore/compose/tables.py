@@ -39,6 +39,15 @@ class SystemTable(msgspec.Struct, frozen=True, rename="kebab"):
     dump: Annotated[HostPath | None, msgspec.Meta(description="directory of guest dumps (SIGUSR2)")] = None
 
 
+class SafetyTable(msgspec.Struct, frozen=True, rename="kebab"):
+    """``[safety]``: what the machine must have before it may start."""
+
+    require_quiesce: Annotated[
+        bool,
+        msgspec.Meta(description="refuse to start unless somebody quiesces every passed-through device"),
+    ] = False
+
+
 class LoadTable(msgspec.Struct, frozen=True, rename="kebab"):
     """``[load]``: what is placed into guest memory."""
 
@@ -81,7 +90,6 @@ class VdevTable(msgspec.Struct, frozen=True, rename="kebab"):
 
 #: Sections of QNX's configuration that this version does not have; a plain answer is kinder.
 PLANNED = {
-    "safety": "quiescing of physical devices",
     "pass": "pass-through",
     "reserve": "reserving addresses",
 }

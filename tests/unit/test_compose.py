@@ -268,8 +268,8 @@ def replaced(old: str, new: str) -> str:
          "gic has 32 to 287 for vdevs"),
         (BASE + "[vdev]\ntype = 'silent'\n", "vm.toml:6: vdev: expected an array of tables: write [[vdev]]"),
         ("system = 5\n", "vm.toml:1: system: expected a table: write [system]"),
-        (BASE + "[safety]\nrequire_quiesce = true\n",
-         "vm.toml:6: [safety]: quiescing of physical devices is not built yet; remove [safety]"),
+        (BASE + "[safety]\nrequire-quiesc = true\n",
+         "vm.toml:7: safety: unknown key 'require-quiesc'; did you mean 'require-quiesce'?"),
         (BASE + "[lod]\n", "vm.toml:6: unknown table 'lod'; did you mean 'load'?"),
         ('ram = "1M"\n' + BASE, "vm.toml:1: ram: expected an array of tables: write [[ram]]; "
          'or write ram = "512M" under [system]'),

@@ -97,3 +97,11 @@ def table(devices: Iterable[DeviceEvidence]) -> list[Sequence[str]]:
             rows.append((device.device, step.step, step.verdict, f"{step.seconds * 1000:.1f}", seen))
         rows.append((device.device, "", device.verdict.value, "", device.reason))
     return rows
+
+
+def text_table(devices: Iterable[DeviceEvidence]) -> str:
+    """The rows of :func:`table` as text, a line each."""
+    rows = [("device", "step", "verdict", "ms", "seen"), *table(devices)]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = ("  ".join([*(row[n].ljust(widths[n]) for n in range(4)), row[4]]).rstrip() for row in rows)
+    return "\n".join(lines)

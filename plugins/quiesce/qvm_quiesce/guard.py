@@ -108,7 +108,9 @@ class Guard:
         def wait() -> None:
             status = self._process.wait()
             with self._lock:
-                over = self._over
+                over, self._over = self._over, True
+                if not over:
+                    self._channel.close()
             if not over:
                 lost(status)
 

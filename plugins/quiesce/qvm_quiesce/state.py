@@ -11,7 +11,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,19 @@ def folder() -> Path:
     return Path.home() / ".local" / "state" / "qvm" / "quiesce"
 
 
-def keep(evidence: Evidence, root: Path | None = None) -> Path:
-    """Write a record, quarantine what was not proven quiet, release what was. Raises OSError."""
+def keep(evidence: Evidence, root: Path | None = None, quarantine: Collection[str] | None = None) -> Path:
+    """Write a record, quarantine what was not proven quiet, release what was. Raises OSError.
+
+    ``quarantine``: the devices to quarantine; by default all with that verdict.
+    """
     root = root or folder()
     body = evidence.to_json()
     stamp = f"{time.strftime('%Y%m%dT%H%M%S')}-{time.time_ns() % 1_000_000_000:09d}"
     path = _write(root / "evidence", f"{stamp}-{_SAFE.sub('_', evidence.vm)}.json", body)
     for device in evidence.devices:
         if device.verdict is Verdict.QUARANTINED:
+            if quarantine is not None and device.device not in quarantine:
+                continue
             entry = {
                 "device": device.device,
                 "reason": device.reason,

@@ -172,6 +172,7 @@ def test_a_device_that_cannot_be_proven_quiet_keeps_its_memory(start: Start, sta
     vm.order("os.kill(os.getpid(), signal.SIGKILL)")
     body = record(state)
     assert body["verdict"] == "QUARANTINED"
+    wait_for(lambda: bool(files.quarantined(state)), "the quarantine")
     assert list(files.quarantined(state)) == ["0000:02:00.0"]
     entry = files.quarantined(state)["0000:02:00.0"]
     assert "memory of the guest changed" in entry["reason"]

@@ -1,0 +1,273 @@
+"""A physical PCI function as quiescing and the vdev ``pass`` need it: ``qvm_quiesce.hardware.Hardware``.
+
+Resets. The kernel has one call, VFIO_DEVICE_RESET, and does with it the first method that
+``/sys/bus/pci/devices/NAME/reset_method`` lists (so does a write of the FLR bit, which VFIO catches).
+Hence that method is done by this call; ``pm`` also by D3hot and back, ``bus`` also by a hot reset, which
+the kernel allows when every function on the bus is in our group. Any of them brings the command register
+of before back: bus mastering has to be off before.
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qvm_quiesce import pci
+from qvm_quiesce.hardware import Handover
+
+from qvm_vfio import structs, sysfs
+from qvm_vfio.device import VfioDevice
+from qvm_vfio.errors import VfioError, failed
+from qvm_vfio.iommu import Container, Group
+from qvm_vfio.irqs import Irqs
+from qvm_vfio.kernel import Kernel
+
+#: The gentlest reset first.
+_STRENGTH = ("flr", "af-flr", "pm", "bus")
+_D3_WAIT = 0.01
+_BARS = 6
+
+
+class Ram(NamedTuple):
+    """Memory a device may reach: ``size`` bytes, at ``iova`` for it and ``address`` for this process.
+
+    ``fd`` is the memfd behind it, the range starting at its first byte; ``view`` is the memory.
+    """
+
+    iova: int
+    size: int
+    fd: int
+    address: int
+    view: memoryview
+
+
+class VfioHardware:
+    """Implements Hardware. Any thread; raises VfioError, which is a HardwareError."""
+
+    def __init__(
+        self, kernel: Kernel, container: Container, group: Group, device: VfioDevice, resets: Sequence[str]
+    ) -> None:
+        self.device = device
+        #: Set by :meth:`revoke`: nothing of a guest may reach the device any more.
+        self.revoked = False
+        self._kernel = kernel
+        self._container = container
+        self._group = group
+        self._irqs = Irqs(device)
+        #: As the kernel tries them; the first is what VFIO_DEVICE_RESET does.
+        self._kernel_resets = tuple(resets)
+        self._memory: list[Ram] = []
+        self._mapped = True
+        self._own_maps: list[mmap.mmap] = []
+        self._capabilities = pci.capabilities(device.config_read)
+
+    # -- Hardware --------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """Its place on the host."""
+        return self.device.name
+
+    def config_read(self, offset: int, size: int) -> int:
+        """Configuration space as VFIO shows it."""
+        return self.device.config_read(offset, size)
+
+    def config_write(self, offset: int, size: int, value: int) -> None:
+        """Write to it. VFIO drops writes that switch MSI-X off, so these become what it understands."""
+        for number, register, enable, kind in (
+            (pci.CAP_MSIX, pci.MSIX_CONTROL, pci.MSIX_ENABLE, structs.MSIX),
+            (pci.CAP_MSI, pci.MSI_CONTROL, pci.MSI_ENABLE, structs.MSI),
+        ):
+            at = self._capabilities.get(number)
+            if at is not None and offset == at + register and size == 2 and not value & enable:
+                self._irqs.disconnect(kind)
+        self.device.config_write(offset, size, value)
+
+    def bar_read(self, bar: int, offset: int, size: int) -> int:
+        """A register of a BAR."""
+        return self.device.read(self._bar(bar), offset, size)
+
+    def bar_write(self, bar: int, offset: int, size: int, value: int) -> None:
+        """Write a register of a BAR."""
+        self.device.write(self._bar(bar), offset, size, value)
+
+    @property
+    def resets(self) -> Sequence[str]:
+        """What can be done: the kernel's first method, and D3hot and a hot reset where they work."""
+        offered = set(self._kernel_resets[:1] if self.device.has_reset else ())
+        offered |= {"pm"} & set(self._kernel_resets)
+        if self._bus_is_ours():
+            offered.add("bus")
+        return [method for method in _STRENGTH if method in offered]
+
+    def reset(self, method: str) -> None:
+        """See the module's text. Bus mastering is what it was before."""
+        if self.device.has_reset and self._kernel_resets[:1] == (method,):
+            self.device.reset()
+        elif method == "pm" and pci.CAP_PM in self._capabilities:
+            self._through_d3()
+        elif method == "bus" and self._bus_is_ours():
+            self.device.hot_reset([self._group.fd])
+        else:
+            first = ", ".join(self._kernel_resets) or "no method at all"
+            raise VfioError(f"{self.name} cannot be reset by {method}: the kernel offers {first}")
+
+    def revoke(self) -> None:
+        """Whoever passes accesses of a guest on looks at :attr:`revoked`."""
+        self.revoked = True
+
+    def drop_interrupts(self) -> None:
+        """Disconnect INTx, MSI and MSI-X."""
+        self._irqs.drop()
+
+    def interrupts(self) -> int:
+        """All that came to our eventfds; none does once they are disconnected."""
+        return self._irqs.count()
+
+    def memory(self) -> Sequence[memoryview]:
+        """What :meth:`give_memory` was given."""
+        return [each.view for each in self._memory]
+
+    def unmap_dma(self) -> None:
+        """Take the memory out of the IOMMU."""
+        if self._mapped:
+            for each in self._memory:
+                self._container.unmap_dma(each.iova, each.size)
+            self._mapped = False
+
+    def handover(self) -> Handover:
+        """Container, group, device, and the memory's memfds."""
+        values: dict[str, Any] = {
+            "name": self.name,
+            "group": self._group.number,
+            "resets": list(self._kernel_resets),
+            "memory": [[each.iova, each.size] for each in self._memory],
+        }
+        fds = (self._container.fd, self._group.fd, self.device.fd, *(each.fd for each in self._memory))
+        if min(fds) < 0:
+            raise VfioError(f"{self.name} was given back; nobody can take it over")
+        return Handover(self._kernel.adopt, str(Path(__file__).parents[1]), values, fds)
+
+    def surrender(self) -> None:
+        """Close the device; container and group stay, and with them the memory in the IOMMU."""
+        self.device.close()
+
+    def close(self) -> None:
+        """Close everything: device first, so that its memory goes last."""
+        self.device.close()
+        self._group.close()
+        self._container.close()
+        self._irqs.close()
+        self._memory.clear()
+        while self._own_maps:
+            try:
+                self._own_maps.pop().close()
+            except BufferError:
+                pass  # somebody still looks at it; the pages go with the process
+
+    # -- for the owner ---------------------------------------------------------------------------------
+
+    def give_memory(self, memory: Sequence[Ram], *, mapped: bool = False) -> None:
+        """What the device shall reach; before :meth:`handover`. ``mapped``: it does so already."""
+        self._memory = list(memory)
+        self._mapped = mapped
+
+    def map_dma(self) -> None:
+        """Put the memory into the IOMMU. All of it or, with a VfioError, none."""
+        with ExitStack() as undo:
+            for each in self._memory:
+                self._container.map_dma(each.iova, each.size, each.address)
+                undo.callback(self._container.unmap_dma, each.iova, each.size)
+            undo.pop_all()
+        self._mapped = True
+
+    def connect(self, kind: int, count: int) -> tuple[int, ...]:
+        """Switch interrupts on: INTX, MSI or MSIX of structs; eventfds in their order."""
+        return self._irqs.connect(kind, count)
+
+    def disconnect(self, kind: int) -> None:
+        """Switch a kind off."""
+        self._irqs.disconnect(kind)
+
+    def take(self, eventfd: int) -> int:
+        """How often it was signalled since."""
+        return self._irqs.take(eventfd)
+
+    def keep_map(self, memory: mmap.mmap) -> None:
+        """Close a mapping with the rest."""
+        self._own_maps.append(memory)
+
+    # -- inside ----------------------------------------------------------------------------------------
+
+    def _bar(self, bar: int) -> int:
+        if not 0 <= bar < _BARS:
+            raise VfioError(f"{self.name}: there is no BAR {bar}")
+        return bar
+
+    def _bus_is_ours(self) -> bool:
+        try:
+            affected = self.device.hot_reset_affects()
+        except VfioError:
+            return False
+        return bool(affected) and all(each.group_id == self._group.number for each in affected)
+
+    def _through_d3(self) -> None:
+        at = self._capabilities[pci.CAP_PM] + pci.PM_CONTROL
+        control = self.config_read(at, 2) & ~pci.PM_STATE
+        for state in (pci.PM_D3HOT, 0):
+            self.config_write(at, 2, control | state)
+            time.sleep(_D3_WAIT)
+
+
+def open_device(name: str, kernel: Kernel | None = None) -> VfioHardware:
+    """Take a function (``0000:03:00.0``) that is bound to vfio-pci. Raises VfioError; binds nothing."""
+    kernel = kernel or Kernel()
+    function = sysfs.PciFunction(kernel, sysfs.address(name))
+    number = function.check()
+    with ExitStack() as undo:
+        container = Container(kernel)
+        undo.callback(container.close)
+        group = Group(kernel, function.name, number)
+        undo.callback(group.close)
+        group.join(container)
+        container.set_iommu()
+        fd = group.device(function.name)
+        device = _device(kernel, function.name, fd)
+        undo.callback(device.close)
+        hardware = VfioHardware(kernel, container, group, device, function.resets)
+        undo.pop_all()
+    return hardware
+
+
+def adopt(values: dict[str, Any], fds: Sequence[int], kernel: Kernel | None = None) -> VfioHardware:
+    """The device of another process, by its descriptors; see :meth:`VfioHardware.handover`."""
+    kernel = kernel or Kernel()
+    name = values["name"]
+    container = Container(kernel, fds[0])
+    group = Group(kernel, name, values["group"], fds[1])
+    hardware = VfioHardware(kernel, container, group, _device(kernel, name, fds[2]), values["resets"])
+    memory = []
+    for (iova, size), fd in zip(values["memory"], fds[3:], strict=True):
+        try:
+            own = mmap.mmap(fd, size)
+        except (OSError, ValueError) as error:
+            raise VfioError(f"{name}: its memory cannot be mapped: {error}") from error
+        hardware.keep_map(own)
+        memory.append(Ram(iova, size, fd, 0, memoryview(own)))
+    hardware.give_memory(memory, mapped=True)
+    return hardware
+
+
+def _device(kernel: Kernel, name: str, fd: int) -> VfioDevice:
+    try:
+        return VfioDevice(kernel, name, fd)
+    except BaseException:
+        try:
+            kernel.close(fd)
+        except OSError as error:
+            raise failed(f"{name} cannot be opened", error) from error
+        raise

@@ -179,7 +179,9 @@ class Receiver:
         """Queue a frame ``whole``, or finished in software: what the driver cannot do, or must not trust."""
         if whole:
             self._waiting.append((headers.trimmed(header, self._agreed.offloads), frame))
-        elif header.gso_type == spec.GSO_NONE:
+            return
+        self._stats.rx_finished += 1
+        if header.gso_type == spec.GSO_NONE:
             offload.finish_checksum(frame, header)
             self._waiting.append((headers.PLAIN, frame))
         else:

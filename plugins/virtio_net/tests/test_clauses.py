@@ -245,6 +245,7 @@ def test_5_1_9_4_1_a_partial_checksum_that_was_validated_is_passed_on(
     ((got, data, used),) = two.received()
     assert got == spec.HEADER.pack(spec.HDR_NEEDS_CSUM, 0, 0, 0, start, place, len(used))
     assert data == frame
+    assert two.stats.rx_finished == 0
 
 
 #: What is wrong, as (bytes of the frame to change: offset -> value, csum_start, csum_offset).
@@ -280,6 +281,7 @@ def test_5_1_9_4_1_any_other_partial_checksum_is_finished_and_nothing_is_claimed
     ((got, data, _),) = two.received()
     assert got == spec.HEADER.pack(0, 0, 0, 0, 0, 0, 1)
     assert data == finished(frame, start, place)
+    assert two.stats.rx_finished == 1
 
 
 @pytest.mark.parametrize(("more", "valid"), [(0x2000, False), (0x0001, False), (0x4000, True)])

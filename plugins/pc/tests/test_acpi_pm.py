@@ -157,7 +157,9 @@ def test_4_8_3_3_a_change_of_the_timers_highest_bit_sets_its_status(pm: Plugged[
 
 def test_events_do_not_take_back_each_other(pm: Plugged[Still]) -> None:
     pm.write(PM1_ENABLE, EVENT_BUTTON, 2)
-    Still.now += 600  # 2**31 ticks are 599.93 s
+    Still.now += 599
+    assert pm.read(PM1_STATUS, 2) == 0
+    Still.now += 1  # 2**31 ticks are 599.93 s
     assert pm.read(PM1_STATUS, 2) == 0x001
     pm.vdev.on_button()
     pm.settle()

@@ -181,6 +181,15 @@ def test_real16_starts_at_the_boot_sector(bench: Any) -> None:
     assert bench.accesses == [("io", "w", 0, 1, 0x52)]
 
 
+def test_real16_above_64_kib_starts_in_its_segment(bench: Any) -> None:
+    bench.start("\n".join("1" + line for line in REAL.split("\n") if line), "real16")
+    assert bench.done.wait(20)
+    assert bench.guest.pause(20)
+    (registers,) = bench.guest.registers()
+    assert (registers["cs"], registers["cs_base"]) == (0x1000, 0x10000)
+    assert registers["rip"] in (0x7C06, 0x7C07)
+
+
 def test_protected32_is_flat(bench: Any) -> None:
     bench.start(PROTECTED, "protected32")
     assert bench.done.wait(20)

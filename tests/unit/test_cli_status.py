@@ -30,7 +30,8 @@ REPORT = {
     "uptime": 3725.4,
     "guest": {"status": {"exits": {"mmio": 7, "io": 0}, "mode": "native"}, "problem": ""},
     "vdevs": [
-        {"name": "disk0", "type": "virtio-blk", "fault": "", "guest_errors": 2, "status": {"reads": 5},
+        {"name": "disk0", "type": "virtio-blk", "fault": "", "guest_errors": 2,
+         "status": {"reads": 5, "queues": [{"popped": 3}, {}, {"popped": 4}], "cpus": [1, 2]},
          "problem": ""},
         {"name": "net0", "type": "virtio-net", "fault": "OSError: gone", "guest_errors": 0,
          "status": {"peer": "\x1b[2Jx\n"}, "problem": ""},
@@ -115,10 +116,13 @@ def test_status_of_one_vm(run: Run) -> None:
         "  net0   virtio-net  FAILED: OSError: gone               0",
         "  slow   x           status() did not return within 1 s  0",
         "Status of the vdevs:",
-        "  vdev   item   value",
-        "  disk0  reads  5",
+        "  vdev   item             value",
+        "  disk0  reads            5",
+        "  disk0  queues.0.popped  3",
+        "  disk0  queues.2.popped  4",
+        "  disk0  cpus             [1, 2]",
         # What a guest or a peer chose cannot control the terminal.
-        "  net0   peer   \\x1b[2Jx\\n",
+        "  net0   peer             \\x1b[2Jx\\n",
     ]
     assert json.loads(by_pid[1]) == REPORT
 

@@ -225,12 +225,14 @@ def test_doctor_names_missing_packages_broken_plugins_and_an_unusable_run_direct
 
     class Host(EngineHost):
         def catalogue(self, *, load: bool = False) -> list[EntryInfo]:
-            return [EntryInfo("disk", "qvm.vdev.v1", "qvm-disk", "2", problem=f"broken, load={load}")]
+            broken = EntryInfo("disk", "qvm.vdev.v1", "qvm-disk", "2", problem=f"broken, load={load}")
+            return [broken, EntryInfo("net", "qvm.vdev.v1", "qvm-net", "2")]
 
     code, out, _ = run("doctor", host=Host(emulated=FakeEngine("emulated")))
     assert code == 0
     lines = [line.split(None, 4) for line in out.splitlines()]
     assert ["no-such-thing", "MISSING:", "no-such-thing>=1"] in lines
     assert ["vdev", "disk", "qvm-disk", "2", "broken, load=True"] in lines
+    assert "qvm-net" not in out
     assert "open to other users; chmod 700" in out
     assert "Memory" not in out

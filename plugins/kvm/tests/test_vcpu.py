@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from typing import Any
 
@@ -286,3 +287,14 @@ def test_one_vcpus_triple_fault_stops_all(make_bench: Any) -> None:
 def test_memory_that_is_no_whole_page_is_refused(make_bench: Any) -> None:
     with pytest.raises(EngineError, match=r"memory at 0x0, 0x1800 bytes: KVM maps pages of 4096"):
         make_bench(specs=(MemorySpec(0, 0x1800),))
+
+
+def test_a_run_kvm_refuses_ends_the_guest_with_its_error(bench: Any) -> None:
+    with open("/dev/null") as nothing:
+        os.dup2(nothing.fileno(), bench.guest._vcpus[0].fd)  # no vCPU any more
+    bench.guest._backend.enter = lambda _fd, _entry: None
+    bench.start(REAL, "real16")
+    assert bench.ended.wait(20)
+    (end,) = bench.ends
+    assert end.reason is Reason.HOST_ERROR
+    assert "KVM_RUN of vCPU 0: Inappropriate ioctl for device" in end.message

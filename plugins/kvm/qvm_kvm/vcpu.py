@@ -100,7 +100,10 @@ class Vcpu:
             self.page.u8[runpage.IMMEDIATE_EXIT] = 1
             ident = self._thread.ident if self._thread is not None else None
             if ident is not None and ident != threading.get_ident():
-                signal.pthread_kill(ident, self._signal)
+                try:
+                    signal.pthread_kill(ident, self._signal)
+                except OSError:
+                    pass  # no room for one more: one is pending already
 
     @property
     def running(self) -> bool:

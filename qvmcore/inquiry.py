@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 from qvmcore.engine import Guest
 from qvmcore.events import stack_of
 from qvmcore.slot import VdevSlot
+from qvmcore.types import MachineSpec
 
 log = logging.getLogger("qvm")
 
@@ -109,6 +111,21 @@ def _row(slot: VdevSlot, answer: Answer) -> dict[str, Any]:
         "guest_errors": slot.guest_errors,
         "status": answer.values,
         "problem": answer.problem,
+    }
+
+
+def describe(spec: MachineSpec, name: str, engine: str, state: str, uptime: float) -> dict[str, Any]:
+    """What a status report says of the machine itself; ``name`` is that of its run directory."""
+    return {
+        "name": name or spec.name,
+        "vm": spec.name,
+        "pid": os.getpid(),
+        "state": state,
+        "engine": engine,
+        "board": spec.board,
+        "cpus": spec.cpus,
+        "ram": sum(each.size for each in spec.memory if not each.rom),
+        "uptime": round(uptime, 1),
     }
 
 

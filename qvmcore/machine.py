@@ -8,7 +8,6 @@ end is decided in one place and the termination plan runs once, on the main thre
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import sys
 import threading
@@ -28,7 +27,7 @@ from qvmcore.control import ControlServer
 from qvmcore.dump import write_dump
 from qvmcore.engine import Engine, Guest, GuestConfig
 from qvmcore.errors import HostError
-from qvmcore.inquiry import Inquiry, status_lines
+from qvmcore.inquiry import Inquiry, describe, status_lines
 from qvmcore.memory import GuestMemory
 from qvmcore.plugins import PluginHost
 from qvmcore.signals import SignalEvents
@@ -120,21 +119,11 @@ class Machine:
 
         ``name`` is that of the run directory. ``ram`` is in bytes, ``uptime`` in seconds.
         """
-        spec, state = self.spec, self._state
-        header = {
-            "name": name or spec.name,
-            "vm": spec.name,
-            "pid": os.getpid(),
-            "state": state,
-            "engine": self._engine_name,
-            "board": spec.board,
-            "cpus": spec.cpus,
-            "ram": sum(each.size for each in spec.memory if not each.rom),
-            "uptime": round(time.monotonic() - self._since, 1),
-        }
         # Before the start and during the end a vdev is half there: it is not asked.
+        state = self._state
         alive = state not in ("starting", "ending")
-        return header | self._inquiry.ask(self._guest if alive else None, self.slots if alive else ())
+        answers = self._inquiry.ask(self._guest if alive else None, self.slots if alive else ())
+        return describe(self.spec, name, self._engine_name, state, time.monotonic() - self._since) | answers
 
     def press_power_button(self) -> None:
         """Press the power button, as SIGTERM does. Any thread."""

@@ -109,9 +109,9 @@ class PluginHost:
                     f"made for plugin API v{match[2]}, this qvm has v{MAJOR}; "
                     f"install a version of {name} for API v{MAJOR}"
                 )
-            info = EntryInfo(
-                point.name, point.group, name, dist.version, dist.metadata["Summary"] or "", problem
-            )
+            # A distribution without a description has no such field, and asking for one raises.
+            summary = dist.metadata.get("Summary") or ""
+            info = EntryInfo(point.name, point.group, name, dist.version, summary, problem)
             self._points.setdefault((match[1], point.name), []).append((info, point))
 
     def register(self, plugin: object) -> None:

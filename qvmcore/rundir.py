@@ -3,6 +3,7 @@
 ``$XDG_RUNTIME_DIR/qvm/NAME/`` if that variable names a directory of this user, else ``/run/qvm/NAME/``
 for root and ``/tmp/qvm-UID/NAME/`` for everybody else. A VM holds a lock on its directory as long as
 it lives, which the kernel drops however it ends; so who finds a directory without one may clean it up.
+(A child that was forked and never became another program would hold the lock, too.)
 
 A second VM of one name runs as ``NAME.2``, a third as ``NAME.3``: no VM file can ask for such a name.
 The directory above is locked, shortly, while a directory is taken or cleaned up.

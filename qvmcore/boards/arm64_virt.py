@@ -29,7 +29,7 @@ from qvmcore.engine import Controller, CpuEntry, MsiFrame
 from qvmcore.errors import QvmError
 from qvmcore.fdt import DeviceTree, Node
 from qvmcore.layout import place_windows
-from qvmcore.load import load_guest
+from qvmcore.load.arm64 import load_arm64
 from qvmcore.memory import GuestMemory
 from qvmcore.types import IntrSpec, MachineSpec, MemorySpec, Trigger
 from qvmcore.vdev import Vdev
@@ -85,7 +85,7 @@ class Arm64Virt:
 
     def load(self, spec: MachineSpec, vdevs: Sequence[DescribedVdev], memory: GuestMemory) -> CpuEntry:
         """By the booting protocol of arm64; see :mod:`qvmcore.load`."""
-        return load_guest(spec.load, memory, self, lambda placed: self.build_fdt(spec, vdevs, placed))
+        return load_arm64(spec.load, memory, lambda placed: self.build_fdt(spec, vdevs, placed))
 
     def build_acpi(self, spec: MachineSpec, vdevs: Sequence[DescribedVdev]) -> AcpiTables:
         """There are none: raises QvmError."""

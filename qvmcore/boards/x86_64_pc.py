@@ -52,7 +52,8 @@ class X86Pc:
     address_limit = 1 << 39
     max_cpus = 255  # identifiers of local APICs have eight bits, and 255 is all of them
     controllers = (
-        Controller(kind="ioapic", name="ioapic", windows=((0xFEC0_0000, 0x1000),), lines=range(1, 24)),
+        # Input 0 has no line here, and on 2 is the timer.
+        Controller(kind="ioapic", name="ioapic", windows=((0xFEC0_0000, 0x1000),), lines=range(3, 24)),
         Controller(kind="apic", name="apic", windows=((_APIC, _APIC_SIZE),), lines=range(32, 256)),
         Controller("i8259", "pic", (), range(0), ports=((0x20, 2), (0xA0, 2), (0x4D0, 2))),
         Controller("i8254", "pit", (), range(0), ports=((0x40, 4), (0x61, 1))),

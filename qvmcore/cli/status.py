@@ -128,9 +128,11 @@ def _state(vdev: Mapping[str, Any]) -> str:
     return _cell(vdev["problem"] or "ok")
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested mappings as ``outer.inner``."""
+def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested mappings as ``outer.inner``, a list of them as ``outer.0.inner``."""
     for key, value in values.items():
+        if isinstance(value, list) and any(isinstance(each, dict) for each in value):
+            value = dict(enumerate(value))
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
         else:

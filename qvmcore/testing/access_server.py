@@ -21,7 +21,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from qvmcore.bus import AddressSpace, Mapped
 from qvmcore.engine import Engine, GuestConfig
@@ -67,8 +67,11 @@ class AccessServer:
 
     ``bus`` may hold windows already; the mailbox is placed on it. ``regions`` is further guest memory.
     ``ends`` are the ends the engine reported, ``unsupported`` the accesses nobody answered when the
-    server made the bus itself.
+    server made the bus itself. ``patience`` is the bound, in seconds, of everything that is waited for:
+    only a broken engine reaches it.
     """
+
+    patience: ClassVar[float] = 20.0
 
     def __init__(
         self,
@@ -161,9 +164,9 @@ class AccessServer:
         """How often the guest has taken interrupt ``number``."""
         return int(self._counts[number])
 
-    def wait_for(self, condition: Callable[[], bool], timeout: float = 20.0) -> bool:
-        """Whether ``condition`` came true; the bound is for a broken engine, not for speed."""
-        deadline = time.monotonic() + timeout
+    def wait_for(self, condition: Callable[[], bool]) -> bool:
+        """Whether ``condition`` came true."""
+        deadline = time.monotonic() + self.patience
         while not condition():
             if time.monotonic() > deadline:
                 return False
@@ -192,7 +195,7 @@ class AccessServer:
         if self._program.fd < 0:
             return
         self.let_go()
-        assert self.guest.stop(20.0), "the vCPU did not stop"
+        assert self.guest.stop(self.patience), "the vCPU did not stop"
         self.guest.close()
         self._release()
 
@@ -216,11 +219,12 @@ class AccessServer:
         self._wait(f"order {order:#x} at {address:#x}")
         return int(words[VALUE])
 
-    def _wait(self, what: str, timeout: float = 30.0) -> None:
+    def _wait(self, what: str) -> None:
+        limit = self.patience
         try:
-            self._done.get(timeout=timeout)
+            self._done.get(timeout=limit)
         except queue.Empty:
-            raise AssertionError(f"the guest did not come back from {what} within {timeout:g} s") from None
+            raise AssertionError(f"the guest did not come back from {what} within {limit:g} s") from None
         assert not self.ends, f"the guest ended during {what}: {self.ends[0]}"
         fault, self._words[FAULT] = int(self._words[FAULT]), 0
         assert not fault, f"the guest took exception {fault:#x} at {what}"

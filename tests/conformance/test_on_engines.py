@@ -19,6 +19,7 @@ from qvmcore.testing.driver import VirtioDriver
 from qvmcore.testing.engine_driven import DrivenPlugged, EngineDriven
 from qvmcore.testing.fakes import Plugged
 from qvmcore.testing.guest_archs import X86_64, Aarch64, GuestArch
+from qvmcore.testing.pci import PciConformance
 from qvmcore.testing.samples import Echo
 
 hello = pytest.importorskip("qvm_hello", reason="the example vdev is not installed")
@@ -48,7 +49,7 @@ class TestHello(OnEngines, VdevConformance, MmioConformance, TerminationConforma
     vdev_class = hello.Hello
 
 
-class TestEcho(OnEngines, VirtioConformance, MmioConformance, TerminationConformance):
+class TestEcho(OnEngines, VirtioConformance, MmioConformance, PciConformance, TerminationConformance):
     vdev_class = Echo
 
     def check_works(self, device: Plugged[Any], driver: VirtioDriver) -> None:

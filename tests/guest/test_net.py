@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
 import random
 import subprocess
@@ -93,6 +94,15 @@ def test_two_guests_ping_and_copy_a_file(
     assert "client: carrier 1 mtu 1500" in client.text
     assert "3 packets transmitted, 3 packets received, 0% packet loss" in client.text
     assert hashlib.md5(data).hexdigest() in client.text
+    # What Linux sends is passed on as it is: large, its checksums unfinished.
+    report = subprocess.run(
+        [sys.executable, "-m", "qvmcore", "status", str(client.process.pid), "--json"],
+        capture_output=True, check=True,
+    )  # fmt: skip
+    (card,) = (vdev["status"] for vdev in json.loads(report.stdout)["vdevs"] if vdev["name"] == "net0")
+    assert card["rx_finished"] == 0
+    assert card["rx_bytes"] > SIZE
+    assert card["rx_bytes"] / card["rx_frames"] > 3 * 1500
     server.type("\n")
     assert server.wait() == 0
     client.expect("client: cable out")

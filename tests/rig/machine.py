@@ -31,6 +31,7 @@ TOOLS = {
     "apt-get": "apt",
     "dpkg-deb": "dpkg",
     "tar": "tar",
+    "setpriv": "util-linux",
 }
 MODULES = ("kvm_amd", "tun")
 
@@ -143,6 +144,8 @@ def launch(folder: Path, root: Path) -> Machine:
     """Start QEMU on the files in ``folder``."""
     script = base64.b64encode(SCRIPT.encode()).decode()
     command = [
+        # A machine does not outlive the session, however that ends.
+        "setpriv", "--pdeathsig", "KILL",
         "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         # EPYC is a processor that TCG can emulate with nested paging; "max" is slower.
         "-machine", "q35", "-cpu", "EPYC,+svm", "-accel", "tcg,thread=multi",

@@ -35,6 +35,17 @@ def test_too_little_memory_is_told_in_figures(meminfo: str) -> None:
     assert why.endswith(f" {2000000 >> 10 if meminfo else 0} MiB are available")
 
 
+@pytest.mark.parametrize(("ci", "outcome"), [("", "1 skipped"), ("1", "1 error")], ids=["at-home", "in-ci"])
+def test_a_machine_without_the_tools_skips_with_the_reason_and_fails_in_ci(ci: str, outcome: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "tests/rig/inside/test_host.py::test_a_vm_can_be_created"],
+        cwd=payload.ROOT, env={"PATH": "/nowhere", "CI": ci}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert outcome in done.stdout.splitlines()[-1], done.stdout
+    assert "the rig needs qemu-system-x86_64 (Debian: qemu-system-x86)" in done.stdout
+    assert done.returncode == (1 if ci else 0)
+
+
 PYTHON = Package("python3", "3.11.2-1+b1", "amd64", "python3.deb", 10, "aa")
 FIO = Package("fio", "3.33-3", "amd64", "fio.deb", 10, "bb")
 

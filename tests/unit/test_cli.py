@@ -353,6 +353,21 @@ def test_engine_option(run: Run) -> None:
     assert "unknown engine 'emulatd'; did you mean 'emulated'?" in result.err
 
 
+def test_when_no_engine_can_run_the_guest_each_is_named_and_it_is_64(run: Run, site: Path) -> None:
+    plugin = site / "fake_qvm_plugin.py"
+    plugin.write_text(plugin.read_text().replace('return ""', 'return f"no {arch} here; buy one"'))
+    result = run("run", "vm.toml")
+    assert result.code == 64
+    assert result.err.splitlines() == [
+        "qvm: no engine can run this aarch64 guest:",
+        "  emulated: no aarch64 here; buy one",
+        "  kvm: not installed; pip install qvm-kvm",
+    ]
+    result = run("run", "vm.toml", "--engine", "emulated")
+    assert result.code == 64
+    assert result.err == "qvm: engine 'emulated' cannot run this aarch64 guest: no aarch64 here; buy one\n"
+
+
 def test_quiet_verbose_and_log_file(run: Run, ending: Callable[..., None], tmp_path: Path) -> None:
     ending(GuestEnd(Reason.GUEST_SHUTDOWN))
     assert run("run", "-q", "vm.toml").err == ""

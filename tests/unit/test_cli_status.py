@@ -30,7 +30,8 @@ REPORT = {
     "uptime": 3725.4,
     "guest": {"status": {"exits": {"mmio": 7, "io": 0}, "mode": "native"}, "problem": ""},
     "vdevs": [
-        {"name": "disk0", "type": "virtio-blk", "fault": "", "guest_errors": 2, "status": {"reads": 5},
+        {"name": "disk0", "type": "virtio-blk", "fault": "", "guest_errors": 2,
+         "status": {"reads": 5, "queues": [{"popped": 3}, {}, {"popped": 4}], "cpus": [1, 2]},
          "problem": ""},
         {"name": "net0", "type": "virtio-net", "fault": "OSError: gone", "guest_errors": 0,
          "status": {"peer": "\x1b[2Jx\n"}, "problem": ""},
@@ -115,10 +116,13 @@ def test_status_of_one_vm(run: Run) -> None:
         "  net0   virtio-net  FAILED: OSError: gone               0",
         "  slow   x           status() did not return within 1 s  0",
         "Status of the vdevs:",
-        "  vdev   item   value",
-        "  disk0  reads  5",
+        "  vdev   item             value",
+        "  disk0  reads            5",
+        "  disk0  queues.0.popped  3",
+        "  disk0  queues.2.popped  4",
+        "  disk0  cpus             [1, 2]",
         # What a guest or a peer chose cannot control the terminal.
-        "  net0   peer   \\x1b[2Jx\\n",
+        "  net0   peer             \\x1b[2Jx\\n",
     ]
     assert json.loads(by_pid[1]) == REPORT
 
@@ -221,12 +225,14 @@ def test_doctor_names_missing_packages_broken_plugins_and_an_unusable_run_direct
 
     class Host(EngineHost):
         def catalogue(self, *, load: bool = False) -> list[EntryInfo]:
-            return [EntryInfo("disk", "qvm.vdev.v1", "qvm-disk", "2", problem=f"broken, load={load}")]
+            broken = EntryInfo("disk", "qvm.vdev.v1", "qvm-disk", "2", problem=f"broken, load={load}")
+            return [broken, EntryInfo("net", "qvm.vdev.v1", "qvm-net", "2")]
 
     code, out, _ = run("doctor", host=Host(emulated=FakeEngine("emulated")))
     assert code == 0
     lines = [line.split(None, 4) for line in out.splitlines()]
     assert ["no-such-thing", "MISSING:", "no-such-thing>=1"] in lines
     assert ["vdev", "disk", "qvm-disk", "2", "broken, load=True"] in lines
+    assert "qvm-net" not in out
     assert "open to other users; chmod 700" in out
     assert "Memory" not in out

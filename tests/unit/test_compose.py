@@ -54,6 +54,15 @@ def test_loc_as_qnx_writes_it(folder: Path) -> None:
         assert good(folder, BASE + DISK.replace("0x1c0d0000", spelling)).vdevs[2].loc == 0x1C0D0000
 
 
+def test_mode_of_a_raw_kernel(folder: Path) -> None:
+    assert good(folder, BASE).load.mode == ""
+    assert good(folder, BASE + 'mode = "protected32"\n').load.mode == "protected32"
+    assert errors(folder, BASE + 'mode = "real"\n') == [
+        "vm.toml:6: load: mode: expected 'real16', 'protected32' or 'long64', not 'real'; "
+        "did you mean 'real16'?"
+    ]
+
+
 def test_default_names_count_by_type(folder: Path) -> None:
     text = BASE + '[[vdev]]\ntype = "silent"\n' * 2
     assert [v.name for v in good(folder, text).vdevs[2:]] == ["silent-0", "silent-1"]

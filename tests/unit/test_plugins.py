@@ -63,6 +63,13 @@ def test_metadata_names_a_type_without_importing_it(site: Site) -> None:
     assert "dist_lazy" not in sys.modules
 
 
+def test_a_distribution_without_a_summary_is_as_good(site: Site) -> None:
+    site.add("dist-lazy", "", entry="lazy")
+    for metadata in site.path.rglob("METADATA"):
+        metadata.write_text(metadata.read_text().replace("Summary: a thing\n", ""))
+    assert site.host().vdev_types()["lazy"].summary == ""
+
+
 def test_a_named_type_is_loaded(site: Site) -> None:
     site.add("dist-named", good("named"), entry="named")
     cls = site.host().vdev_class("named")

@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,25 @@ def test_vms_of_one_name_are_numbered_and_a_free_number_is_used_again(place: Pat
     for directory in (*held, again):
         directory.close()
     assert names() == []
+
+
+def test_vms_that_start_at_the_same_time_get_names_of_their_own(place: Path) -> None:
+    held: list[RunDirectory] = []
+    begin = threading.Barrier(16)
+
+    def start() -> None:
+        begin.wait()
+        held.append(RunDirectory.create("vm"))
+
+    threads = [threading.Thread(target=start) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {directory.name for directory in held} == {"vm", *(f"vm.{number}" for number in range(2, 17))}
+    assert len(names()) == 16
+    for directory in held:
+        directory.close()
 
 
 def test_no_name_leads_out_of_the_run_directory(place: Path) -> None:

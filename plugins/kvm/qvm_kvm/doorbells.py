@@ -73,7 +73,9 @@ class Doorbells:
                     self._vm.attach_ioeventfd(_wanted(key, fd, 0))
                 except OSError as error:
                     self.refused += 1
-                    log.warning(
+                    # Once aloud: a guest that moves a BAR to and fro must not fill the log.
+                    log.log(
+                        logging.DEBUG if self.refused > 1 else logging.WARNING,
                         "%s: KVM refuses the doorbell at %#x (%s); it takes the slow way",
                         placed.owner,
                         key[1],

@@ -17,7 +17,7 @@ from qvm_kvm.doorbells import Doorbells
 from qvm_kvm.ending import end_of
 from qvm_kvm.irq import Interrupts
 from qvm_kvm.system import KvmSystem
-from qvm_kvm.vcpu import Accesses, Vcpu, Write
+from qvm_kvm.vcpu import Accesses, Hooks, Vcpu, Write
 from qvm_kvm.vm import Vm
 from qvmcore.api import (
     AddressSpace,
@@ -45,7 +45,7 @@ class KvmGuest:
         self._vcpus: list[Vcpu] = []
         self._interrupts: Interrupts | None = None
         self._signal = 0
-        #: Guards the four below; vCPUs at rest wait on it.
+        #: Guards the flags below; vCPUs at rest wait on it.
         self._state = threading.Condition()
         self._pausing = False
         self._ending = False
@@ -112,8 +112,9 @@ class KvmGuest:
             self._doorbells.follow(self._config.bus, ports=False)
             if self._config.ports is not None:
                 self._doorbells.follow(self._config.ports, ports=True)
+            hooks = Hooks(self._check, self._rare, self._failed, self._gone)
             for vcpu in self._vcpus:
-                vcpu.start(self._signal, self._check, self._rare, self._failed)
+                vcpu.start(self._signal, hooks)
         except (RuntimeError, ValueError) as error:
             self.stop(1.0)
             raise EngineError(f"the guest cannot be started: {error}") from error
@@ -254,6 +255,11 @@ class KvmGuest:
     def _failed(self, vcpu: Vcpu, error: BaseException) -> None:
         log.error("vCPU %d failed", vcpu.index, exc_info=error)
         self._end(GuestEnd(Reason.HOST_ERROR, f"engine failure: {type(error).__name__}: {error}"))
+
+    def _gone(self) -> None:
+        """A vCPU's thread ends: who waits for its rest need not wait longer."""
+        with self._state:
+            self._state.notify_all()
 
     def _end(self, end: GuestEnd) -> None:
         """Report the end once and stop every vCPU; nothing when somebody is stopping the guest already."""

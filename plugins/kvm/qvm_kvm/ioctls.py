@@ -87,7 +87,7 @@ raw_ioctl: Any = libc["ioctl"]
 raw_ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 raw_ioctl.restype = ctypes.c_int
 
-#: The same for the one call that counts: ctypes hands objects of its own on without converting them.
+#: The same for the one call that counts, for arguments that are ctypes objects already.
 untyped_ioctl: Any = libc["ioctl"]
 
 

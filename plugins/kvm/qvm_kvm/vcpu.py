@@ -37,15 +37,22 @@ class Accesses(NamedTuple):
     write_port: Write
 
 
-class Vcpu:
-    """A vCPU. Its thread calls these:
+class Hooks(NamedTuple):
+    """What the thread of a vCPU calls.
 
     ``check(vcpu)`` at first and when it was interrupted: may wait, and says whether to go on;
-    ``rare(vcpu, reason)`` for exits that are no accesses: says the same;
-    ``failed(vcpu, error)`` for an exception that ends the thread.
-
-    Raises OSError when KVM does not give one.
+    ``rare(vcpu, reason)`` for an exit that is no access: says the same;
+    ``failed(vcpu, error)`` for an exception that ends the thread; ``gone()`` as its last act.
     """
+
+    check: Callable[[Vcpu], bool]
+    rare: Callable[[Vcpu, int], bool]
+    failed: Callable[[Vcpu, BaseException], None]
+    gone: Callable[[], None]
+
+
+class Vcpu:
+    """A vCPU. Raises OSError when KVM does not give one."""
 
     def __init__(self, vm: Vm, backend: Backend, index: int, accesses: Accesses) -> None:
         self.index = index
@@ -71,17 +78,11 @@ class Vcpu:
 
     # ---- any thread ----------------------------------------------------------------------------
 
-    def start(
-        self,
-        number: int,
-        check: Callable[[Vcpu], bool],
-        rare: Callable[[Vcpu, int], bool],
-        failed: Callable[[Vcpu, BaseException], None],
-    ) -> None:
+    def start(self, number: int, hooks: Hooks) -> None:
         """Start the thread; ``number`` is the kick signal. Raises RuntimeError when there is no thread."""
         self._signal = number
         self._thread = threading.Thread(
-            target=self._run, args=(check, rare, failed), name=f"qvm-vcpu{self.index}", daemon=True
+            target=self._run, args=(hooks,), name=f"qvm-vcpu{self.index}", daemon=True
         )
         self._running = True
         try:
@@ -99,7 +100,10 @@ class Vcpu:
             self.page.u8[runpage.IMMEDIATE_EXIT] = 1
             ident = self._thread.ident if self._thread is not None else None
             if ident is not None and ident != threading.get_ident():
-                signal.pthread_kill(ident, self._signal)
+                try:
+                    signal.pthread_kill(ident, self._signal)
+                except OSError:
+                    pass  # no room for one more: one is pending already
 
     @property
     def running(self) -> bool:
@@ -140,31 +144,27 @@ class Vcpu:
         except OSError:
             pass  # a VM whose memory is gone; the registers of the last rest remain
 
-    def _run(
-        self,
-        check: Callable[[Vcpu], bool],
-        rare: Callable[[Vcpu, int], bool],
-        failed: Callable[[Vcpu, BaseException], None],
-    ) -> None:
+    def _run(self, hooks: Hooks) -> None:
         try:
             # Asked once before: a request from before this thread was there has not kicked it.
-            if check(self):
-                self._loop(check, rare)
+            if hooks.check(self):
+                self._loop(hooks)
         except BaseException as error:
-            failed(self, error)
+            hooks.failed(self, error)
         finally:
             self.rest()
             with self._life:
                 self._running = False
+            hooks.gone()
 
-    def _loop(self, check: Callable[[Vcpu], bool], rare: Callable[[Vcpu, int], bool]) -> None:
+    def _loop(self, hooks: Hooks) -> None:
         fd, run, enter, counts = ctypes.c_int(self.fd), ctypes.c_ulong(RUN), untyped_ioctl, self.counts
         u8, u16, u32, u64 = self.page.u8, self.page.u16, self.page.u32, self.page.u64
         read, write, read_port, write_port = self._accesses
         by_size = {1: u8, 2: u16, 4: u32, 8: u64}
         while True:
             if enter(fd, run, None) < 0:
-                if not self._not_entered(ctypes.get_errno(), check):
+                if not self._not_entered(ctypes.get_errno(), hooks):
                     return
                 continue
             reason = u32[runpage.REASON]
@@ -191,22 +191,22 @@ class Vcpu:
                         write_port(port, size, view[place])
                     else:
                         view[place] = read_port(port, size) & (1 << 8 * size) - 1
-            elif reason != EXIT_IRQ_WINDOW_OPEN and not self._rare(reason, rare):
+            elif reason != EXIT_IRQ_WINDOW_OPEN and not self._rare(reason, hooks):
                 return
 
-    def _not_entered(self, error: int, check: Callable[[Vcpu], bool]) -> bool:
+    def _not_entered(self, error: int, hooks: Hooks) -> bool:
         if error == errno.EINTR:
             self.interrupted += 1
             # Cleared before the requests are looked at, and set after they are made: none is lost.
             self.page.u8[runpage.IMMEDIATE_EXIT] = 0
-            return check(self)
+            return hooks.check(self)
         if error == errno.EAGAIN:
             return True  # another vCPU has just started this one
         raise OSError(error, f"KVM_RUN of vCPU {self.index}: {os.strerror(error)}")
 
-    def _rare(self, reason: int, rare: Callable[[Vcpu, int], bool]) -> bool:
+    def _rare(self, reason: int, hooks: Hooks) -> bool:
         self.counts[reason] = self.counts.get(reason, 0) + 1
-        return rare(self, reason)
+        return hooks.rare(self, reason)
 
 
 def _odd(u8: memoryview, size: int) -> int:

@@ -129,6 +129,11 @@ def test_a_refused_doorbell_takes_the_slow_way(
         status = bench.guest.status()
         assert (status["doorbells"], status["doorbells_refused"]) == (1, 1)
         assert "device: KVM refuses the doorbell at 0xc0000010 (Invalid argument)" in caplog.text
+        handler = MmioHandler(lambda _o, _s: 0, lambda _o, _s, _v: None, ((Doorbell(0, 2), number),))
+        for _ in range(10):
+            bench.bus.remove(bench.bus.place(0xD0000000, Window(0x1000), handler, "bar"))
+        assert bench.guest.status()["doorbells_refused"] == 11
+        assert [record.levelname for record in caplog.records].count("WARNING") == 1
         ring(bench, 2)
         assert [access for access in bench.accesses if access[2] == 0x10] == [("mem", "w", 0x10, 2, 1)] * 2
         assert bells[0].drain() == 4

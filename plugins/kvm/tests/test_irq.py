@@ -217,12 +217,24 @@ def test_apic_vector_is_a_message_to_the_first_cpu(ready: Any) -> None:
     line.set(False)
     line.set(True)
     assert ready.wait(lambda: taken(ready)[0x40] == 52)
+    one_by_one(ready, 0x41, 1, lambda: ready.guest.signal_msi(APIC, 0x41))
+    assert taken(ready)[0x40] == 52
 
 
 def test_a_message_gets_one_route_and_is_one_write(ready: Any) -> None:
     one_by_one(ready, 0x40, 100, lambda: ready.guest.signal_msi(APIC, 0x40))
     status = ready.guest.status()
     assert (status["msi_routes"], status["irqfds"], status["msi_slow"]) == (1, 1, 0)
+
+
+def test_messages_keep_their_routes_when_others_come(ready: Any) -> None:
+    one_by_one(ready, 0x40, 1, lambda: ready.guest.signal_msi(APIC, 0x40))
+    one_by_one(ready, 0x41, 1, lambda: ready.guest.signal_msi(APIC, 0x41))
+    one_by_one(ready, 0x42, 1, lambda: ready.guest.signal_msi(APIC, 0x42))
+    for vector in (0x40, 0x41, 0x42):
+        ready.guest.signal_msi(APIC, vector)
+        assert ready.wait(lambda vector=vector: taken(ready)[vector] == 2)
+    assert ready.guest.status()["msi_routes"] == 3
 
 
 def test_routes_are_bounded_and_further_messages_arrive_all_the_same(

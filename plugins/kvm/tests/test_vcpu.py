@@ -1,11 +1,10 @@
-"""vCPUs: exits for ports and memory, start modes, rest between two instructions, ends, SMP."""
+"""vCPUs: exits for ports and memory, start modes, ends, several of them."""
 
 from __future__ import annotations
 
 import logging
-import signal
+import os
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -54,14 +53,6 @@ MEMORY = """
 10021 ebfe  jmp 0x10021
 """
 
-#: Counts in rax and at 0x8000; between two instructions they differ by 0 or 1.
-COUNTING = """
-10000 31c0  xor %eax,%eax
-10002 48ffc0  inc %rax
-10005 4889042500800000  mov %rax,0x8000
-1000d ebf3  jmp 0x10002
-"""
-
 #: Counts in rcx, in the device, and at 0x8000.
 KNOCKING = """
 10000 bb000000c0  mov $0xc0000000,%ebx
@@ -70,12 +61,6 @@ KNOCKING = """
 1000a 890b  mov %ecx,(%rbx)
 1000c 48890c2500800000  mov %rcx,0x8000
 10014 ebf1  jmp 0x10007
-"""
-
-IDLE = """
-10000 e6e9  out %al,$0xe9
-10002 f4  hlt
-10003 ebfd  jmp 0x10002
 """
 
 #: An invalid instruction, and no handlers.
@@ -134,6 +119,12 @@ OTHERS = """
 1100a ebfd  jmp 0x11009
 """
 
+OTHERS_KNOCK = """
+11000 e6e0  out %al,$0xe0
+11002 f4  hlt
+11003 ebfd  jmp 0x11002
+"""
+
 
 def test_ports_of_every_size_and_strings(bench: Any) -> None:
     bench.start(PORTS)
@@ -164,13 +155,17 @@ def test_memory_accesses_of_every_size(bench: Any) -> None:
     ]
 
 
-@pytest.mark.parametrize("answer", [-1, 1 << 80 | 0xFF])
-def test_an_answer_of_too_many_bits_is_cut(bench: Any, answer: int) -> None:
-    bench.read = lambda _offset, _size: answer
-    bench.start(MEMORY)
-    assert bench.done.wait(20)
-    assert bench.accesses[1] == ("mem", "w", 0, 1, 0xFF)
-    assert bench.ends == []
+@pytest.mark.parametrize("answer", [-1, 1 << 80 | 0xFFFF])
+def test_an_answer_of_too_many_bits_is_cut(make_bench: Any, answer: int) -> None:
+    memory, ports = make_bench(), make_bench()
+    memory.read = ports.read = lambda _offset, _size: answer
+    memory.start(MEMORY)
+    ports.start(PORTS)
+    assert memory.done.wait(20)
+    assert memory.accesses[1] == ("mem", "w", 0, 1, 0xFF)
+    assert ports.done.wait(20)
+    assert ports.word() & 0xFFFF_00FF == 0xFFFF_00FF
+    assert memory.ends == ports.ends == []
 
 
 def test_stores_to_rom_are_dropped(bench: Any) -> None:
@@ -185,6 +180,15 @@ def test_real16_starts_at_the_boot_sector(bench: Any) -> None:
     bench.start(REAL, "real16")
     assert bench.done.wait(20)
     assert bench.accesses == [("io", "w", 0, 1, 0x52)]
+
+
+def test_real16_above_64_kib_starts_in_its_segment(bench: Any) -> None:
+    bench.start("\n".join("1" + line for line in REAL.split("\n") if line), "real16")
+    assert bench.done.wait(20)
+    assert bench.guest.pause(20)
+    (registers,) = bench.guest.registers()
+    assert (registers["cs"], registers["cs_base"]) == (0x1000, 0x10000)
+    assert registers["rip"] in (0x7C06, 0x7C07)
 
 
 def test_protected32_is_flat(bench: Any) -> None:
@@ -227,56 +231,6 @@ def test_an_internal_error_of_kvm_shows_registers_and_instruction(bench: Any, ca
     assert "code: " in caplog.text
 
 
-def test_pause_comes_between_two_instructions(bench: Any) -> None:
-    bench.start(COUNTING)
-    seen = []
-    for _ in range(20):
-        assert bench.wait(lambda: bench.word() > sum(seen[-1:]))
-        assert bench.guest.pause(20)
-        (registers,) = bench.guest.registers()
-        seen.append(bench.word())
-        assert registers["rax"] - seen[-1] in (0, 1)
-        time.sleep(0.002)
-        assert bench.word() == seen[-1]
-        bench.guest.resume()
-    assert seen == sorted(set(seen))
-
-
-def test_pause_completes_an_access_under_way(bench: Any) -> None:
-    bench.start(KNOCKING)
-    for _ in range(20):
-        before = bench.word()
-        assert bench.wait(lambda before=before: bench.word() > before + 5)
-        assert bench.guest.pause(20)
-        (registers,) = bench.guest.registers()
-        knocks = bench.accesses[-1][4]
-        # At the store to the device (rip 0x1000a) it has not knocked yet, behind it it has, once.
-        assert registers["rcx"] - knocks == (1 if registers["rip"] == 0x1000A else 0)
-        assert knocks == len(bench.accesses)
-        bench.guest.resume()
-
-
-def test_pausing_twice_and_resuming_twice(bench: Any) -> None:
-    bench.guest.resume()
-    bench.start(COUNTING)
-    assert bench.guest.pause(20)
-    assert bench.guest.pause(0)
-    bench.guest.resume()
-    bench.guest.resume()
-    before = bench.word()
-    assert bench.wait(lambda: bench.word() > before)
-
-
-def test_an_idle_guest_can_be_paused_and_stopped(bench: Any) -> None:
-    bench.start(IDLE)
-    assert bench.done.wait(20)
-    assert bench.guest.pause(20)
-    assert bench.guest.registers()[0]["rip"] in (0x10002, 0x10003)  # before or in the HLT
-    assert bench.guest.stop(20)  # also out of a pause
-    assert bench.guest.registers()[0]["rip"] in (0x10002, 0x10003)
-    assert bench.ends == []
-
-
 def test_a_handler_that_raises_ends_the_guest_once(bench: Any, caplog: Any) -> None:
     def fail(_offset: int, _size: int, _value: int) -> None:
         raise ValueError("a broken vdev")
@@ -289,34 +243,6 @@ def test_a_handler_that_raises_ends_the_guest_once(bench: Any, caplog: Any) -> N
         (Reason.HOST_ERROR, "engine failure: ValueError: a broken vdev")
     ]
     assert any(record.exc_info for record in caplog.records if record.levelno == logging.ERROR)
-
-
-def test_a_handler_that_hangs_does_not_hold_up_pause_and_stop(bench: Any) -> None:
-    inside, leave = threading.Event(), threading.Event()
-
-    def hang(_offset: int, _size: int, _value: int) -> None:
-        inside.set()
-        leave.wait(60)
-
-    bench.write = hang
-    bench.start(KNOCKING)
-    assert inside.wait(20)
-    assert not bench.guest.pause(0.01)
-    assert len(bench.guest.registers()) == 1  # does not wait for the vCPU
-    assert not bench.guest.stop(0.01)
-    leave.set()
-    assert bench.guest.stop(20)
-    assert len(bench.accesses) == 1
-    assert bench.ends == []
-
-
-def test_a_handler_may_stop_the_guest(bench: Any) -> None:
-    stopped = []
-    bench.write = lambda _offset, _size, _value: stopped.append(bench.guest.stop(20))
-    bench.start(KNOCKING)
-    assert bench.wait(lambda: bool(stopped) and not bench.guest.status()["running"])
-    assert stopped == [True]
-    assert bench.ends == []
 
 
 def test_others_start_by_init_and_sipi(make_bench: Any) -> None:
@@ -333,6 +259,23 @@ def test_others_start_by_init_and_sipi(make_bench: Any) -> None:
     assert {f"qvm-vcpu{index}" for index in range(4)} <= names
 
 
+def test_faults_of_several_vcpus_at_once_are_one_end(make_bench: Any) -> None:
+    together = threading.Barrier(3)
+
+    def fail(_offset: int, _size: int, _value: int) -> None:
+        together.wait(20)
+        raise ValueError("a broken vdev")
+
+    bench = make_bench(cpus=4)
+    bench.write = fail
+    bench.load(OTHERS_KNOCK)
+    bench.start(BOOT_OTHERS)
+    assert bench.ended.wait(20)
+    assert bench.wait(lambda: not bench.guest.status()["running"])
+    assert len(bench.accesses) == 3
+    assert [end.message for end in bench.ends] == ["engine failure: ValueError: a broken vdev"]
+
+
 def test_one_vcpus_triple_fault_stops_all(make_bench: Any) -> None:
     bench = make_bench(cpus=3)
     bench.start(FAULT)
@@ -341,24 +284,17 @@ def test_one_vcpus_triple_fault_stops_all(make_bench: Any) -> None:
     assert len(bench.ends) == 1
 
 
-def test_python_sees_none_of_the_kicks(bench: Any) -> None:
-    """Its handlers stay as they are, and still work."""
-    seen: list[int] = []
-    numbers = [signal.SIGUSR1, signal.SIGTERM]
-    old = {number: signal.signal(number, lambda number, _frame: seen.append(number)) for number in numbers}
-    try:
-        bench.start(COUNTING)
-        for _ in range(50):
-            assert bench.guest.pause(20)
-            bench.guest.resume()
-        assert seen == []
-        signal.raise_signal(signal.SIGUSR1)
-        assert seen == [signal.SIGUSR1]
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
 def test_memory_that_is_no_whole_page_is_refused(make_bench: Any) -> None:
     with pytest.raises(EngineError, match=r"memory at 0x0, 0x1800 bytes: KVM maps pages of 4096"):
         make_bench(specs=(MemorySpec(0, 0x1800),))
+
+
+def test_a_run_kvm_refuses_ends_the_guest_with_its_error(bench: Any) -> None:
+    with open("/dev/null") as nothing:
+        os.dup2(nothing.fileno(), bench.guest._vcpus[0].fd)  # no vCPU any more
+    bench.guest._backend.enter = lambda _fd, _entry: None
+    bench.start(REAL, "real16")
+    assert bench.ended.wait(20)
+    (end,) = bench.ends
+    assert end.reason is Reason.HOST_ERROR
+    assert "KVM_RUN of vCPU 0: Inappropriate ioctl for device" in end.message

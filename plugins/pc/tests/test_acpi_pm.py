@@ -155,12 +155,30 @@ def test_4_8_3_3_a_change_of_the_timers_highest_bit_sets_its_status(pm: Plugged[
     assert pm.irq.level
 
 
+def test_events_do_not_take_back_each_other(pm: Plugged[Still]) -> None:
+    pm.write(PM1_ENABLE, EVENT_BUTTON, 2)
+    Still.now += 599
+    assert pm.read(PM1_STATUS, 2) == 0
+    Still.now += 1  # 2**31 ticks are 599.93 s
+    assert pm.read(PM1_STATUS, 2) == 0x001
+    pm.vdev.on_button()
+    pm.settle()
+    assert pm.read(PM1_STATUS, 2) == 0x101
+    Still.now += 600
+    assert pm.read(PM1_STATUS, 2) == 0x101
+    pm.write(PM1_STATUS, EVENT_TIMER, 2)
+    Still.now += 600
+    assert pm.read(PM1_STATUS, 2) == 0x101
+
+
 def test_the_timer_interrupts_a_guest_that_does_not_ask(pm: Plugged[Still]) -> None:
     Still.now += HALF / PM_TIMER_HZ - 0.01
     pm.write(PM1_ENABLE, EVENT_TIMER, 2)
     assert not pm.irq.level
     Still.now += 0.02
     assert pm.irq.wait(1), "by the worker's timer"
+    pm.settle()
+    assert len(pm.ctx.worker._timers) == 1, "and for the next change there is another one"
 
 
 def test_a_guest_that_enables_the_timer_again_and_again_starts_one_timer(pm: Plugged[Still]) -> None:

@@ -14,6 +14,7 @@ from qvm_pc.rtc import B_24H, B_PIE, A, B
 from qvm_pc.ser8250 import Ser8250
 from qvm_pc.uart16550 import IER, THR
 
+from qvmcore.api import Trigger
 from qvmcore.testing.conformance import MmioConformance, TerminationConformance, VdevConformance
 from qvmcore.testing.fakes import Plugged
 
@@ -54,8 +55,11 @@ class TestAcpiPm(VdevConformance, MmioConformance, TerminationConformance):
 
 
 @pytest.mark.parametrize(
-    ("vdev", "hid"), [(Ser8250, "PNP0501"), (Mc146818, "PNP0B00"), (AcpiPm, "")], ids=lambda each: str(each)
+    ("vdev", "hid", "ports"),
+    [(Ser8250, "PNP0501", 8), (Mc146818, "PNP0B00", 2), (AcpiPm, "", 16)],
+    ids=["ser8250", "mc146818", "acpi-pm"],
 )
-def test_they_lie_in_the_port_space_and_are_announced(vdev: type[Any], hid: str) -> None:
-    assert vdev.space == "io"
-    assert vdev.acpi_hid == hid
+def test_they_lie_in_the_port_space_and_are_announced(vdev: type[Any], hid: str, ports: int) -> None:
+    assert (vdev.space, vdev.acpi_hid) == ("io", hid)
+    assert [window.size for window in vdev.windows] == [ports]
+    assert (vdev.irqs, vdev.trigger) == (1, Trigger.LEVEL)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qvm_chardev.files import Null
 from qvm_chardev.testing import wait_for
 from qvm_pc.ser8250 import Ser8250
 from qvm_pc.uart16550 import (
@@ -66,6 +68,35 @@ def test_the_last_words_are_written_when_the_vm_ends_at_once(tmp_path: Path) -> 
     with plug(Ser8250, hostdev=f">{target}") as port:
         say(port, b"Kernel panic")
     assert target.read_bytes() == b"Kernel panic"
+
+
+def test_what_the_worker_had_no_time_for_is_written_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with plug(Ser8250, hostdev=f">{target}") as port:
+        port.vdev._flushing = True  # as if it had been asked for, and not come yet
+        say(port, b"late")
+        port.settle()
+        assert target.read_bytes() == b""
+    assert target.read_bytes() == b"late"
+
+
+def test_many_bytes_ask_the_worker_once(tmp_path: Path) -> None:
+    with plug(Ser8250, hostdev=f">{tmp_path / 'out'}") as port:
+        with port.ctx.serial:  # the worker waits for this
+            say(port, b"x" * 100)
+            assert len(port.ctx.worker._calls) <= 1
+        port.settle()
+        assert (tmp_path / "out").read_bytes() == b"x" * 100
+
+
+def test_the_escape_key_cuts_the_power_or_presses_the_button(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("qvm_pc.ser8250.open_chardev", lambda spec, **rest: given.update(rest) or Null())
+    with plug(Ser8250) as port:
+        given["escape"].quit()
+        given["escape"].power_button()
+        assert [code for _, code in port.ctx.shutdowns] == [3]
+        assert port.ctx.button_presses == 1
 
 
 def test_input_interrupts_and_is_read_in_order(tmp_path: Path) -> None:
@@ -158,7 +189,7 @@ def test_a_client_that_goes_and_comes_again_is_served(tmp_path: Path) -> None:
                     got += text(port)
                 assert got == words
                 say(port, words)
-                assert client.recv(16) == words
+                assert client.makefile("rb").read(len(words)) == words
             assert wait_for(lambda: not port.vdev.status()["host"]["connected"])
 
 

@@ -49,6 +49,8 @@ class VirtioNet(VirtioVdev):
         self._announce = False
         self._was_up = False
         self._agreed = Agreed()
+        #: Pairs that receive, from the first on (5.1.9.5.6).
+        self._receiving = 1
 
     def on_configured(self) -> None:
         """Open the hostdev and the capture."""
@@ -106,6 +108,7 @@ class VirtioNet(VirtioVdev):
         self._receivers, self._transmitters = {}, {}
         self.filter = RxFilter(self._mac)
         self._announce = False
+        self._receiving = 1
         self._host.set_pairs(1)
         self._host.set_guest_offloads(0)
         for pair in range(self.options.queues):
@@ -128,7 +131,7 @@ class VirtioNet(VirtioVdev):
         elif pair < pairs:
             if transmits:
                 self._transmitter(pair, queue).serve(self.ctx.worker)
-            else:
+            elif pair < self._receiving:
                 self._pump(pair, queue)
 
     def _transmitter(self, pair: int, queue: Virtqueue) -> Transmitter:
@@ -173,8 +176,17 @@ class VirtioNet(VirtioVdev):
         self.virtio.config_changed()
 
     def set_pairs(self, pairs: int) -> bool:
-        """5.1.9.5.6."""
-        return 1 <= pairs <= self._pairs and self._host.set_pairs(pairs)
+        """5.1.9.5.6: when the command is answered no other pair receives any more."""
+        if not 1 <= pairs <= self._pairs or not self._host.set_pairs(pairs):
+            return False
+        for pair in range(self._receiving, pairs):
+            # Its buffers may have come while nobody looked.
+            self.virtio.kick(2 * pair)
+        self._receiving = pairs
+        for pair, receiver in self._receivers.items():
+            if pair >= pairs:
+                receiver.switch_off()
+        return True
 
     def set_guest_offloads(self, offloads: int) -> bool:
         """5.1.9.5.9."""
@@ -187,9 +199,10 @@ class VirtioNet(VirtioVdev):
     # ---- what the hostdev tells (hostdev.Events), on the worker ---------------------------------------
 
     def readable(self, pair: int) -> None:
-        """Frames wait; without a driver they are lost, as on any card that is not up."""
+        """Frames wait; without a driver, or on a pair that is off, they are lost, as on any card that
+        is not up."""
         queue = self.virtio.queue(2 * pair)
-        if queue is None or pair >= self._pairs:
+        if queue is None or pair >= self._receiving:
             scrap = bytearray(spec.HEADER_BYTES + spec.FRAME_BYTES_MAX)
             for _ in range(BUDGET):
                 if not self._host.receive(pair, [scrap]):

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import deque
 
 from qvm_virtio_net import header as headers
-from qvm_virtio_net import offload, spec
+from qvm_virtio_net import offload, partial, spec
 from qvm_virtio_net.buffers import cut, fill
 from qvm_virtio_net.filter import RxFilter
 from qvm_virtio_net.header import Header, Malformed
@@ -92,6 +92,12 @@ class Receiver:
                 return False
         return True
 
+    def switch_off(self) -> None:
+        """The driver receives on fewer pairs now: what waits for buffers of this one is lost."""
+        self._stats.rx_no_buffer += len(self._waiting)
+        self._waiting.clear()
+        self._thrive()
+
     # ---- one frame -----------------------------------------------------------------------------
 
     def _receive(self) -> bool:
@@ -126,12 +132,15 @@ class Receiver:
             if self._capture is not None:
                 pieces = [memoryview(self._head), *room, memoryview(self._overflow)]
                 self._capture.record(cut(pieces, spec.HEADER_BYTES, count))
-            if direct and count <= self._room and headers.acceptable(header, self._agreed.offloads):
+            whole = headers.acceptable(header, self._agreed.offloads)
+            if whole and header.flags:
+                whole = self._sound(header, room, count)
+            if whole and direct and count <= self._room:
                 self._commit(headers.trimmed(header, self._agreed.offloads), count)
                 return True
             pieces = [memoryview(self._head), *room, memoryview(self._overflow)]
             frame = bytearray().join(cut(pieces, spec.HEADER_BYTES, count))
-            self._adapt(header, frame)
+            self._adapt(header, frame, whole=whole)
         except Malformed:
             stats.rx_malformed += 1
         self._deliver_waiting()
@@ -160,11 +169,19 @@ class Receiver:
         # A driver that polls must find all buffers of the message or none (5.1.9.4.1).
         self._queue.push_together(filled)
 
-    def _adapt(self, header: Header, frame: bytearray) -> None:
-        """Queue a frame, finished in software as far as the driver cannot do it itself."""
-        if headers.acceptable(header, self._agreed.offloads):
+    def _sound(self, header: Header, room: list[memoryview], count: int) -> bool:
+        """Whether the driver may be told of the frame's partial checksum."""
+        pieces = [memoryview(self._head), *room, memoryview(self._overflow)]
+        front = b"".join(cut(pieces, spec.HEADER_BYTES, min(count, spec.HEADER_BYTES + partial.FRONT)))
+        return partial.sound(front, count - spec.HEADER_BYTES, header)
+
+    def _adapt(self, header: Header, frame: bytearray, *, whole: bool) -> None:
+        """Queue a frame ``whole``, or finished in software: what the driver cannot do, or must not trust."""
+        if whole:
             self._waiting.append((headers.trimmed(header, self._agreed.offloads), frame))
-        elif header.gso_type == spec.GSO_NONE:
+            return
+        self._stats.rx_finished += 1
+        if header.gso_type == spec.GSO_NONE:
             offload.finish_checksum(frame, header)
             self._waiting.append((headers.PLAIN, frame))
         else:

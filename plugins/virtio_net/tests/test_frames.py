@@ -28,6 +28,7 @@ def tcp_frame(payload: bytes, version: int = 4) -> tuple[bytes, bytes]:
         ip = struct.pack(
             ">BBHHHBBH4s4s", 0x45, 0, 40 + len(payload), 7, 0, 64, 6, 0, b"\x0a\0\0\1", b"\x0a\0\0\2"
         )
+        ip = ip[:10] + struct.pack(">H", ~offload.ones_sum(ip) & 0xFFFF) + ip[12:]
         start, kind, gso = 34, 0x0800, spec.GSO_TCPV4
         pseudo = offload.ones_sum(ip[12:20] + struct.pack(">HH", 6, 20 + len(payload)))
     else:

@@ -160,9 +160,11 @@ class X86Backend:
 
     def where(self, registers: Mapping[str, int]) -> str:
         """See Backend."""
+        if "rip" not in registers:
+            return "rip unknown"
         if registers.get("cs") == 0xF000 and registers.get("rip") == 0xFFF0:
             return "rip unknown: this CPU resets the registers"
-        return f"rip {registers.get('rip', 0):#x}"
+        return f"rip {registers['rip']:#x}"
 
 
 class _Address(ctypes.Structure):

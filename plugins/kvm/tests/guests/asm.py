@@ -86,6 +86,29 @@ _FLAT = """
         movl    $(\\vector | \\flags), 0xfec00010
         .endm
 """
+
+
+def _gate_macros(size: int, pointer: str) -> str:
+    """A table of 256 gates of ``size`` bytes; the upper half of a long one stays zero."""
+    return f"""
+        .macro  idt
+        lidt    9992f
+        jmp     9993f
+9992:   .word   {256 * size - 1:#x}
+        {pointer}   {IDT}
+9993:
+        .endm
+        .macro  gate vector, handler
+        movl    $\\handler, %eax
+        movw    %ax, {IDT} + {size} * \\vector
+        movw    $0x10, {IDT} + {size} * \\vector + 2
+        movw    $0x8e00, {IDT} + {size} * \\vector + 4
+        shrl    $16, %eax
+        movw    %ax, {IDT} + {size} * \\vector + 6
+        .endm
+"""
+
+
 _GATES = {
     "real16": """
         .macro  gate vector, handler
@@ -93,41 +116,8 @@ _GATES = {
         movw    $0, 4 * \\vector + 2
         .endm
 """,
-    "protected32": f"""
-        .macro  idt
-        lidt    9992f
-        jmp     9993f
-9992:   .word   0x7ff
-        .long   {IDT}
-9993:
-        .endm
-        .macro  gate vector, handler
-        movl    $\\handler, %eax
-        movw    %ax, {IDT} + 8 * \\vector
-        movw    $0x10, {IDT} + 8 * \\vector + 2
-        movw    $0x8e00, {IDT} + 8 * \\vector + 4
-        shrl    $16, %eax
-        movw    %ax, {IDT} + 8 * \\vector + 6
-        .endm
-""",
-    "long64": f"""
-        .macro  idt
-        lidt    9992f
-        jmp     9993f
-9992:   .word   0xfff
-        .quad   {IDT}
-9993:
-        .endm
-        .macro  gate vector, handler
-        movl    $\\handler, %eax
-        movw    %ax, {IDT} + 16 * \\vector
-        movw    $0x10, {IDT} + 16 * \\vector + 2
-        movw    $0x8e00, {IDT} + 16 * \\vector + 4
-        shrl    $16, %eax
-        movw    %ax, {IDT} + 16 * \\vector + 6
-        movl    $0, {IDT} + 16 * \\vector + 8
-        .endm
-""",
+    "protected32": _gate_macros(8, ".long"),
+    "long64": _gate_macros(16, ".quad"),
 }
 # An absolute address in 64-bit code above 2 GiB must not be sign extended, so it goes by a register.
 _FLAT64 = """
@@ -169,7 +159,10 @@ class Image:
 
 @functools.cache
 def assemble(text: str, mode: str, origin: int = ORIGIN) -> Image:
-    """Assemble and link, to run at ``origin``. Skips without the tools; AssertionError with their words for a wrong text."""
+    """Assemble and link, to run at ``origin``.
+
+    Skips without the tools; AssertionError with their words for a wrong text.
+    """
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
         pytest.skip(f"{', '.join(missing)} not found: apt-get install binutils")

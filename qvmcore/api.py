@@ -24,6 +24,7 @@ from qvmcore.irq import IrqLine, NullIrq
 from qvmcore.memory import GuestMemory, MemoryRegion
 from qvmcore.options import Address, HostPath, Size
 from qvmcore.pci.capability import Capability, ConfigWindow
+from qvmcore.pci.function import PciFunction
 from qvmcore.pci.vdev import BarWindow, PciVdev
 from qvmcore.termination import Phase, TerminationCallback
 from qvmcore.types import (
@@ -82,6 +83,7 @@ __all__ = [
     "NotQuiet",
     "NullIrq",
     "PciAddress",
+    "PciFunction",
     "PciId",
     "PciVdev",
     "Phase",

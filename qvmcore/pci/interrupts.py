@@ -10,6 +10,7 @@ keep their order with mask writes.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Protocol
 
 from qvmcore.pci import spec
@@ -38,19 +39,25 @@ class PciInterrupts:
     """
 
     def __init__(self, vectors: int = 0, *, intx: bool = True) -> None:
-        if not 0 <= vectors <= spec.MSIX_MAX_VECTORS:
-            raise ValueError(f"{vectors} MSI-X vectors; expected 0 to {spec.MSIX_MAX_VECTORS}")
-        self.vectors = vectors
         self.intx = intx
+        #: Told on a vCPU thread, with the function's lock held, when the guest switches MSI-X on or off.
+        self.on_msix: Callable[[bool], None] = lambda enabled: None
         self._lock = threading.Lock()
         self._port: InterruptPort | None = None
-        self._table = [[0, 0, 0, _MASKED] for _ in range(vectors)]
+        self.resize(vectors)
         self._pending = 0
         self._enabled = self._function_mask = False
         self._bus_master = False
         self._sources = 0  # levels of the lines, bit = line number
         self._intx_disabled = False
         self._intx_out = False
+
+    def resize(self, vectors: int) -> None:
+        """Another number of vectors, before the function is made. Raises ValueError."""
+        if not 0 <= vectors <= spec.MSIX_MAX_VECTORS:
+            raise ValueError(f"{vectors} MSI-X vectors; expected 0 to {spec.MSIX_MAX_VECTORS}")
+        self.vectors = vectors
+        self._table = [[0, 0, 0, _MASKED] for _ in range(vectors)]
 
     # ---- for devices and transports ----------------------------------------------------------
 
@@ -113,12 +120,14 @@ class PciInterrupts:
     def set_control(self, control: int) -> None:
         """The MSI-X Message Control register changed: Enable and Function Mask."""
         with self._lock:
-            self._enabled = bool(control & spec.MSIX_ENABLE)
+            was_enabled, self._enabled = self._enabled, bool(control & spec.MSIX_ENABLE)
             self._function_mask = bool(control & spec.MSIX_FUNCTION_MASK)
             if not self._enabled:
                 self._pending = 0
             self._update_intx()
             self._deliver(self._pending)
+        if was_enabled != self._enabled:
+            self.on_msix(self._enabled)
 
     @property
     def pba_offset(self) -> int:

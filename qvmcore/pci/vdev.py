@@ -16,10 +16,14 @@ from qvmcore.vdev import Vdev
 
 @dataclass(frozen=True, slots=True)
 class BarWindow(Window):
-    """A window that becomes a BAR of a certain kind: 64-bit (``wide``), ``prefetchable``."""
+    """A window that becomes a BAR of a certain kind: 64-bit (``wide``), ``prefetchable``.
+
+    ``number`` is the BAR it becomes, by default the first one behind the window before.
+    """
 
     wide: bool = False
     prefetchable: bool = False
+    number: int | None = None
 
 
 class PciVdev(Vdev):
@@ -39,10 +43,20 @@ class PciVdev(Vdev):
     pci_class: int
     capabilities: Sequence[Capability] = ()
     msix: ClassVar[bool] = True
+    #: MSI-X vectors, when only the instance knows how many; set by ``on_configured``. Vectors beyond the
+    #: lines are signalled by ``function.interrupts.signal(vector)``: see :meth:`on_function`.
+    vectors: int | None = None
 
     def bars(self) -> Sequence[Window]:
         """The windows of this instance, index 0 first; by default those of the class."""
         return self.windows
+
+    def on_function(self, function: PciFunction) -> None:
+        """The function was made, on the main thread, after ``on_configured`` and before ``on_starting``.
+
+        For a vdev that follows what the guest does with it: ``function.on_bus_master`` and
+        ``function.interrupts.on_msix`` are its to set.
+        """
 
     def config_read(self, offset: int, size: int) -> int:
         """Bytes of configuration space that are neither header nor a known capability; default 0."""
@@ -63,9 +77,13 @@ def function_of(vdev: PciVdev, interrupts: PciInterrupts) -> PciFunction:
     for index, window in enumerate(vdev.bars()):
         wide = isinstance(window, BarWindow) and window.wide
         prefetchable = isinstance(window, BarWindow) and window.prefetchable
+        if isinstance(window, BarWindow) and window.number is not None:
+            number = window.number
         bars.append(Bar(number, window, _window_handler(vdev, index), wide, prefetchable))
         number += 1 + wide
-    return PciFunction(
+    if vdev.vectors is not None:
+        interrupts.resize(vdev.vectors)
+    function = PciFunction(
         vdev.pci_id,
         vdev.pci_class,
         bars=bars,
@@ -73,6 +91,8 @@ def function_of(vdev: PciVdev, interrupts: PciInterrupts) -> PciFunction:
         interrupts=interrupts,
         private=MmioHandler(vdev.config_read, vdev.config_write),
     )
+    vdev.on_function(function)
+    return function
 
 
 def _window_handler(vdev: PciVdev, index: int) -> MmioHandler:

@@ -30,6 +30,7 @@ from qvm_vfio.kernel import Kernel
 _STRENGTH = ("flr", "af-flr", "pm", "bus")
 _D3_WAIT = 0.01
 _BARS = 6
+_EXTENDED_CONFIG = 4096
 
 
 class Ram(NamedTuple):
@@ -73,7 +74,10 @@ class VfioHardware:
         return self.device.name
 
     def config_read(self, offset: int, size: int) -> int:
-        """Configuration space as VFIO shows it."""
+        """Configuration space as VFIO shows it; all ones behind the 256 bytes of conventional PCI."""
+        end = self.device.regions[structs.CONFIG_REGION].size
+        if end <= offset <= _EXTENDED_CONFIG - size:
+            return (1 << 8 * size) - 1
         return self.device.config_read(offset, size)
 
     def config_write(self, offset: int, size: int, value: int) -> None:

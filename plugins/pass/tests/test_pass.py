@@ -244,7 +244,7 @@ def test_a_host_out_of_interrupts_is_a_warning_and_no_end(passed: Any) -> None:
 
 def flr(plugged: Plugged[Pass]) -> None:
     device = device_of(plugged)
-    at = dict((kind, at) for at, kind in device.capabilities())[pci.CAP_EXPRESS]
+    at = {kind: at for at, kind in device.capabilities()}[pci.CAP_EXPRESS]
     device.write(at + pci.EXPRESS_DEVICE_CONTROL, pci.EXPRESS_START_FLR, 2)
 
 
@@ -268,7 +268,7 @@ def test_a_device_without_a_reset_does_not_offer_one(passed: Any) -> None:
     other = FakeFunction("0000:03:00.1", group=8, driver="nvme")
     plugged = passed(FakeFunction(resets=""), other)
     device = device_of(plugged)
-    at = dict((kind, at) for at, kind in device.capabilities())[pci.CAP_EXPRESS]
+    at = {kind: at for at, kind in device.capabilities()}[pci.CAP_EXPRESS]
     assert not device.read(at + pci.EXPRESS_DEVICE_CAPABILITIES) & pci.EXPRESS_FLR
     flr(plugged)
     assert "DEVICE_RESET" not in host_of(plugged).calls

@@ -303,9 +303,9 @@ class Machine:
             except Exception:
                 log.exception("end: cannot close the engine")
         if stopped:
-            workers_quiet = all(s.verdict == "ok" for s in steps if s.phase <= Phase.STOP_WORKERS)
-            if workers_quiet:
-                # With a thread still inside guest memory the mapping stays until the process ends.
+            quiet = all(s.verdict == "ok" for s in steps if s.phase <= Phase.STOP_WORKERS or s.quiets)
+            if quiet:
+                # With a thread or a device still inside guest memory it stays until the process ends.
                 self._memory.close()
         return stopped, steps
 

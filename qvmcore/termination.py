@@ -72,7 +72,11 @@ class _Step:
         self._took = 0.0
         self._started = time.monotonic()
         self._thread = threading.Thread(target=self._run, name=f"end-{callback.name}", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            # The host gives no more threads: better without a deadline than not at all.
+            self._run()
 
     def _run(self) -> None:
         try:
@@ -88,7 +92,8 @@ class _Step:
     def result(self) -> StepResult:
         """Wait until the callback's deadline and say what became of it."""
         callback = self.callback
-        self._thread.join(max(0.0, self._started + callback.deadline - time.monotonic()))
+        if self._thread.ident is not None:
+            self._thread.join(max(0.0, self._started + callback.deadline - time.monotonic()))
         if self._thread.is_alive():
             stack = stack_of(self._thread.ident)
             return StepResult(

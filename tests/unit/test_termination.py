@@ -84,3 +84,17 @@ def test_steps_cannot_be_added_while_it_runs() -> None:
     plan.run(END)
     with pytest.raises(ValueError, match="already running"):
         plan.add(TerminationCallback("late", Phase.FLUSH, lambda end: None))
+
+
+def test_without_a_thread_the_steps_run_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host is out of threads: a step without a deadline is better than none."""
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    plan, ran = TerminationPlan(), []
+    for phase in (Phase.STOP_DMA, Phase.RELEASE):
+        plan.add(TerminationCallback(phase.name, phase, lambda end, p=phase: ran.append(p)))
+    assert [result.verdict for result in plan.run(END)] == ["ok", "ok"]
+    assert ran == [Phase.STOP_DMA, Phase.RELEASE]

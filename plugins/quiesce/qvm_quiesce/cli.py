@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+import select
 import signal
 import time
 from pathlib import Path
@@ -27,20 +29,21 @@ def quiesce() -> None:
 
 
 @quiesce.command()
-@click.option("--last", default=5, show_default=True, help="How many records to show.")
+@click.option(
+    "--last", default=5, show_default=True, type=click.IntRange(0), help="How many records to show."
+)
 def status(last: int) -> None:
     """The quarantined devices, and the last records."""
     from qvm_quiesce import state as files
 
-    entries = files.quarantined()
+    root = _state()
+    entries = files.quarantined(root)
     click.echo("Quarantined devices:" if entries else "Quarantined devices: none")
     for name, entry in entries.items():
         keeper = f"; its memory is held by process {entry['keeper']}" if _keeper(entry) else ""
-        click.echo(f"  {name}  {entry['reason']} (VM {entry.get('vm') or '?'}){keeper}")
-    click.echo(f"Records in {files.folder() / 'evidence'}:")
-    for number, (path, body) in enumerate(files.records()):
-        if number >= last:
-            break
+        click.echo(f"  {name}  {entry['reason']} (VM {entry['vm'] or '?'}){keeper}")
+    click.echo(f"Records in {root / 'evidence'}:")
+    for path, body in itertools.islice(files.records(root), last):
         if body is None:
             click.echo(f"  {path.name}  DAMAGED: its checksum does not fit")
             continue
@@ -57,6 +60,7 @@ def plan(device: str) -> None:
     from qvm_quiesce.attach import AttachRecord
     from qvm_quiesce.clock import RealClock
     from qvm_quiesce.evidence import DeviceEvidence
+    from qvm_quiesce.hardware import HardwareError
     from qvm_quiesce.subject import Policy, Subject
 
     hardware = _open(device)
@@ -73,9 +77,11 @@ def plan(device: str) -> None:
             f"  resets: {', '.join(record.resets) or 'none: it cannot be proven quiet in every state'}"
         )
         click.echo(f"  soft stop: {softstop.kind_of(subject) or 'none for this class'}")
-        for step in (*steps.STOP_DMA, *steps.MASK_AND_PROVE):
+        for step in (*steps.STOP_DMA, *steps.MASK_AND_RESET, *steps.PROVE):
             text = (step.run.__doc__ or "").splitlines()[0]
-            click.echo(f"  {step.name:16} within {step.deadline(subject):5.1f} s  {text}")
+            click.echo(f"  {step.name:16} within {step.deadline(subject.policy):5.1f} s  {text}")
+    except HardwareError as error:
+        raise HostError(str(error)) from error
     finally:
         hardware.close()
 
@@ -92,7 +98,8 @@ def run(ctx: click.Context, device: str) -> None:
     from qvm_quiesce.runner import Quiesce
     from qvm_quiesce.subject import Policy
 
-    entry = files.quarantined().get(_address(device))
+    root = _state()
+    entry = files.quarantined(root).get(_address(device))
     hardware = _open(device)
     try:
         work = Quiesce("(by hand)", "command", [(hardware, attach(hardware), Policy())])
@@ -102,14 +109,17 @@ def run(ctx: click.Context, device: str) -> None:
         raise HostError(str(error)) from error
     finally:
         hardware.close()
+    if entry is not None and verdict is Verdict.QUARANTINED:
+        # Whoever holds its memory goes on doing so.
+        work.evidence.keeper, work.evidence.keeper_started = entry["keeper"], entry["keeper_started"]
     try:
-        path = files.keep(work.evidence)
+        path = files.keep(work.evidence, root)
     except OSError as error:
         raise HostError(f"cannot write the record: {error}") from error
     click.echo(text_table(work.evidence.devices))
     click.echo(f"{verdict.value}; record: {path}")
     if verdict is not Verdict.QUARANTINED and entry is not None:
-        _dismiss_keeper(entry)
+        _dismiss_keeper(entry, root)
     ctx.exit(0 if verdict is Verdict.QUIESCED else NOT_QUIET)
 
 
@@ -119,14 +129,25 @@ def release(device: str) -> None:
     """End the quarantine of DEVICE without a proof: you know that it is quiet."""
     from qvm_quiesce import state as files
 
-    name = _address(device)
-    entry = files.quarantined().get(name)
-    if entry is None:
-        known = ", ".join(files.quarantined()) or "no device"
-        raise QvmError(f"{name} is not quarantined", hint=f"quarantined: {known}")
-    files.release(name)
-    _dismiss_keeper(entry)
+    name, root = _address(device), _state()
+    entries = files.quarantined(root)
+    if name not in entries:
+        raise QvmError(f"{name} is not quarantined", hint=f"quarantined: {', '.join(entries) or 'no device'}")
+    try:
+        files.release(name, root)
+    except OSError as error:
+        raise HostError(f"cannot release {name}: {error}") from error
     click.echo(f"{name}: released")
+    _dismiss_keeper(entries[name], root)
+
+
+def _state() -> Path:
+    from qvm_quiesce import state as files
+
+    try:
+        return files.folder()
+    except OSError as error:
+        raise HostError(str(error)) from error
 
 
 def _address(device: str) -> str:
@@ -140,31 +161,59 @@ def _address(device: str) -> str:
 
 def _open(device: str) -> Hardware:
     """The device over VFIO. Raises QvmError with what to do."""
+    from qvm_quiesce.hardware import HardwareError
+
     name = _address(device)
     try:
         from qvm_vfio.hardware import open_device
     except ImportError as error:
         raise QvmError("physical devices need VFIO", hint="pip install qvm-vfio") from error
-    hardware: Hardware = open_device(name)
+    try:
+        hardware: Hardware = open_device(name)
+    except HardwareError as error:
+        raise HostError(str(error)) from error
     return hardware
 
 
 def _keeper(entry: dict[str, Any]) -> int:
     """The process that holds the memory of a quarantined device; 0 when there is none any more."""
-    pid = entry.get("keeper")
-    if not isinstance(pid, int) or pid <= 0:
-        return 0
+    from qvm_quiesce import state as files
+
+    pid, began = entry["keeper"], entry["keeper_started"]
+    return pid if pid and began and files.started(pid) == began else 0
+
+
+def _dismiss_keeper(entry: dict[str, Any], root: Path) -> None:
+    """End the process that holds the memory, unless it holds that of another device, too."""
+    from qvm_quiesce import state as files
+
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return 0
-    return pid if b"guard_main" in words else 0
+        pidfd = os.pidfd_open(entry["keeper"] or -1)
+    except (OSError, ValueError):
+        return
+    try:
+        # Looked at with the descriptor in hand: the number cannot become another process's now.
+        pid = _keeper(entry)
+        others = [name for name, each in files.quarantined(root).items() if pid and _keeper(each) == pid]
+        if others:
+            click.echo(f"process {pid} goes on holding the memory of {', '.join(others)}")
+        elif pid and not _end(pidfd):
+            click.echo(f"process {pid}, which holds its memory, cannot be ended", err=True)
+    finally:
+        os.close(pidfd)
 
 
-def _dismiss_keeper(entry: dict[str, Any]) -> None:
-    pid = _keeper(entry)
-    if pid:
+def _end(pidfd: int) -> bool:
+    """Ask it to end and wait. A guard that is just becoming a keeper may not listen at first."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    for _ in range(20):
         try:
-            os.kill(pid, signal.SIGTERM)
-        except OSError as error:
-            click.echo(f"process {pid}, which holds its memory, cannot be ended: {error.strerror}", err=True)
+            signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            return False
+        if poll.poll(100):
+            return True
+    return False

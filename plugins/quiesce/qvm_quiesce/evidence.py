@@ -53,13 +53,15 @@ class DeviceEvidence:
 @dataclass(slots=True)
 class Evidence:
     """The record of one quiesce: ``by`` is who did it (vm, guard, command), ``cause`` why, ``began`` when,
-    in seconds of Unix time. ``keeper`` is the process that holds the memory of quarantined devices."""
+    in seconds of Unix time. ``keeper`` is the process that holds the memory of quarantined devices, and
+    ``keeper_started`` when that began, in clock ticks since boot: a number of a process is used again."""
 
     vm: str
     by: str
     cause: str
     began: float = 0.0
     keeper: int = 0
+    keeper_started: int = 0
     devices: list[DeviceEvidence] = field(default_factory=list)
 
     @property
@@ -76,6 +78,7 @@ class Evidence:
             "cause": self.cause,
             "began": self.began,
             "keeper": self.keeper,
+            "keeper_started": self.keeper_started,
             "verdict": self.verdict.value,
             "devices": [{**asdict(each), "verdict": each.verdict.value} for each in self.devices],
         }

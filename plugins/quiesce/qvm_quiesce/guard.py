@@ -26,7 +26,11 @@ from qvm_quiesce.subject import Policy
 _FDS_PER_MESSAGE = 200
 #: Seconds the guard has to say that it watches.
 START_TIMEOUT = 5.0
-_BOOT = "import sys; sys.path[:0] = {paths!r}; from qvm_quiesce.guard_main import main; main({fd})"
+# Behind the standard library: nothing that was installed beside this may take the place of a part of it.
+_BOOT = "import sys; sys.path += {paths!r}; from qvm_quiesce.guard_main import main; main({fd})"
+#: pidfd_open(2) PIDFD_THREAD, Linux 6.9: readable once the main thread is gone, though another thread of the
+#: process may be stuck in the kernel.
+_PIDFD_THREAD = os.O_EXCL
 
 Device = tuple[Hardware, AttachRecord, Policy]
 
@@ -52,15 +56,20 @@ class Guard:
         paths = sorted({str(Path(__file__).parents[1]), *(each.path for each in handovers)})
         # Isolated and without site: a guard is small, and nothing of the environment steers it.
         boot = _BOOT.format(paths=paths, fd=theirs.fileno())
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", boot],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            # A session of its own: what the terminal sends to the VM does not reach it.
-            start_new_session=True,
-        )
-        theirs.close()
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", boot],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                # A session of its own: what the terminal sends to the VM does not reach it.
+                start_new_session=True,
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
         guard = cls(process, ours)
         try:
             ours.settimeout(START_TIMEOUT)
@@ -81,7 +90,7 @@ class Guard:
     def _brief(
         self, vm: str, devices: Sequence[Device], handovers: list[dict[str, Any]], state: Path
     ) -> None:
-        entries, fds = [], [os.pidfd_open(os.getpid())]
+        entries, fds = [], [_pidfd()]
         for (_, attached, policy), handover in zip(devices, handovers, strict=True):
             own = handover.pop("fds")
             entry = {**handover, "attached": attached.to_json(), "policy": asdict(policy), "fds": len(own)}
@@ -96,6 +105,12 @@ class Guard:
                 socket.send_fds(self._channel, [b"fds"], fds[start : start + _FDS_PER_MESSAGE])
         finally:
             os.close(fds[0])
+
+    @property
+    def running(self) -> bool:
+        """Whether nobody has noticed that it ended."""
+        with self._lock:
+            return not self._over
 
     @property
     def pid(self) -> int:
@@ -138,3 +153,11 @@ class Guard:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def _pidfd() -> int:
+    """A descriptor by which the end of this process is seen."""
+    try:
+        return os.pidfd_open(os.getpid(), _PIDFD_THREAD)
+    except OSError:
+        return os.pidfd_open(os.getpid())

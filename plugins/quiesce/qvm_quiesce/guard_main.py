@@ -18,20 +18,30 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from qvm_quiesce import state as files
 from qvm_quiesce.attach import AttachRecord
+from qvm_quiesce.evidence import Verdict
 from qvm_quiesce.hardware import Hardware
 from qvm_quiesce.runner import Quiesce
 from qvm_quiesce.subject import Policy
 
 #: Never killed for want of memory before the VM is: -1000 would need privilege, which it may not have.
 _OOM_SCORES = ("-1000", "-900", "0")
-_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE, signal.SIGUSR1)
+_IGNORED = (
+    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE, signal.SIGUSR1,
+    signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGXFSZ, signal.SIGIO,
+)  # fmt: skip
+
+Guarded = tuple[Hardware, AttachRecord, Policy]
 
 
 def main(fd: int) -> None:
     """Run until the VM is done or gone. Never raises; the exit status says how it went."""
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
+    # The thread that started this may have blocked some: a keeper has to hear SIGTERM.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    os.chdir("/")
     _stay_alive()
     channel = socket.socket(fileno=fd)
     try:
@@ -41,52 +51,74 @@ def main(fd: int) -> None:
     except Exception as error:
         channel.send(f"{type(error).__name__}: {error}".encode()[:4000])
         sys.exit(1)
-    channel.send(b"watching")
+    try:
+        channel.send(b"watching")
+    except OSError:
+        pass  # The VM is gone already: that is seen next.
     hardware = [each for each, _, _ in devices]
     keep = _wait(channel, fds[0])
     if keep is None:
-        keep = _act(quiesce, hardware, Path(brief["state"]))
-    for each in hardware:
-        # The kernel does its own part when the last descriptor is closed: it may help, and harms nothing.
-        if each.name in keep:
-            each.surrender()
-        else:
-            each.close()
+        keep = _act(quiesce, devices, Path(brief["state"]))
+    keep &= {each.name for each in hardware}
+    _give_back(brief["vm"], hardware, keep)
+    channel.close()
     if keep:
         _keep_memory()
-    sys.exit(8 if keep else 0)
 
 
-def _act(quiesce: Quiesce, hardware: list[Hardware], state: Path) -> set[str]:
+def _give_back(vm: str, hardware: list[Hardware], keep: set[str]) -> None:
+    """Close every device, one's trouble being nobody else's. Of those to ``keep`` the memory stays.
+
+    The kernel does its own part when the last descriptor is closed: it may help, and harms nothing.
+    """
+    for each in hardware:
+        try:
+            if each.name in keep:
+                each.surrender()
+            else:
+                each.close()
+        except Exception as error:
+            _say(vm, f"{each.name} cannot be given back: {error}")
+
+
+def _act(quiesce: Quiesce, devices: list[Guarded], state: Path) -> set[str]:
     """Quiesce, record it, and say which devices' memory has to be kept."""
+    evidence = quiesce.evidence
     try:
         quiesce.stop_dma("the VM process is gone", at_once=True)
         quiesce.prove()
-    except BaseException:
-        # The last line: without a holder the kernel clears bus mastering and resets by itself.
-        for each in hardware:
-            each.surrender()
-        raise
-    from qvm_quiesce import state as files
-    from qvm_quiesce.evidence import Verdict
-
-    evidence = quiesce.evidence
-    keep = {device.device for device in evidence.devices if device.verdict is Verdict.QUARANTINED}
-    evidence.keeper = os.getpid() if keep else 0
+    except Exception as error:
+        # Nothing is proven, so all of them count as quarantined; the kernel still does its own part.
+        _say(evidence.vm, f"{type(error).__name__}: {error}")
+    wanted = {each.name for each, _, policy in devices if policy.quarantine}
+    bad = {device.device for device in evidence.devices if device.verdict is Verdict.QUARANTINED}
+    keep = wanted & bad
+    if keep:
+        evidence.keeper, evidence.keeper_started = os.getpid(), files.started(os.getpid())
     try:
-        files.keep(evidence, state)
-    except OSError as error:
-        print(f"qvm guard: {evidence.vm}: cannot write the evidence: {error}", file=sys.stderr)
+        files.keep(evidence, state, keep)
+    except Exception as error:
+        _say(evidence.vm, f"cannot write the evidence: {error}")
     for device in evidence.devices:
         if device.verdict is not Verdict.QUIESCED:
-            text = f"{device.device}: {device.verdict.value}: {device.reason}"
-            print(f"qvm guard: {evidence.vm}: {text}", file=sys.stderr)
+            _say(evidence.vm, f"{device.device}: {device.verdict.value}: {device.reason}")
     return keep
+
+
+def _say(vm: str, text: str) -> None:
+    try:
+        os.write(2, f"qvm guard: {vm}: {text}\n".encode(errors="replace"))
+    except OSError:
+        pass  # The terminal went with the VM; the record says the same.
 
 
 def _keep_memory() -> None:
     """Live on, with nothing but the memory, until somebody releases the devices (SIGTERM)."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Whoever reads what the VM prints must not wait for this process.
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in range(3):
+        os.dup2(null, fd)
     while True:
         signal.pause()
 
@@ -100,10 +132,9 @@ def _wait(channel: socket.socket, pidfd: int) -> set[str] | None:
         ready = {fd for fd, _ in poll.poll()}
         if channel.fileno() in ready:
             try:
-                word = channel.recv(65536)
-            except OSError:
+                return set(json.loads(channel.recv(1 << 20))["keep"])
+            except (OSError, ValueError, KeyError, TypeError):
                 return None
-            return set(json.loads(word)["keep"]) if word else None
         if pidfd in ready:
             return None
 
@@ -120,14 +151,16 @@ def _receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
     brief = json.loads(text)
     fds: list[int] = []
     while len(fds) < brief["fds"]:
-        data, more, _, _ = socket.recv_fds(channel, 16, 253)
+        data, more, flags, _ = socket.recv_fds(channel, 16, 253)
         if not data:
             raise EOFError("the VM ended before it handed its devices over")
+        if flags & socket.MSG_CTRUNC:
+            raise OSError("too many open files: see ulimit -n")
         fds += more
     return brief, fds
 
 
-def _adopt(entries: list[dict[str, Any]], fds: list[int]) -> list[tuple[Hardware, AttachRecord, Policy]]:
+def _adopt(entries: list[dict[str, Any]], fds: list[int]) -> list[Guarded]:
     devices = []
     for entry in entries:
         module, name = entry["adopt"].split(":")

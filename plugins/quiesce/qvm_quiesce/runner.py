@@ -1,8 +1,9 @@
 """Runs steps over all devices at once, one step after the other, and writes the evidence.
 
 Each device has a thread of its own per step, so a device that hangs inside the kernel holds up neither
-the others nor itself for longer than the step's deadline: its thread is left behind and the device is
-no longer trusted. With a simulated clock (:class:`qvm_quiesce.simulated.FakeClock`) no thread is used.
+the others nor itself for longer than the step's deadline: its thread is left behind, on a leash that is
+cut, and the device is no longer trusted. What makes it less dangerous is still tried, on new threads.
+With a simulated clock (:class:`qvm_quiesce.simulated.FakeClock`) no thread is used.
 """
 
 from __future__ import annotations
@@ -10,18 +11,30 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import cast
 
 from qvm_quiesce import steps as all_steps
 from qvm_quiesce.attach import AttachRecord
 from qvm_quiesce.clock import Clock, RealClock
 from qvm_quiesce.evidence import DeviceEvidence, Evidence, StepEvidence, Verdict
 from qvm_quiesce.hardware import Hardware, HardwareError
+from qvm_quiesce.leash import Leash
 from qvm_quiesce.steps import Step
 from qvm_quiesce.subject import Policy, Skip, StepFailed, Subject
 
+#: Seconds beyond a step's deadline for the access its thread may sit in.
+GRACE = 0.25
+
+
+def bound(steps: Sequence[Step], policies: Iterable[Policy]) -> float:
+    """Seconds after which these steps are over, whatever the devices do: every step waits for all."""
+    policies = list(policies)
+    return sum(max((step.deadline(each) for each in policies), default=0.0) + GRACE for step in steps)
+
 
 class Quiesce:
-    """The quiesce of the devices of one VM. :meth:`stop_dma`, then :meth:`prove`; both only once.
+    """The quiesce of the devices of one VM: :meth:`stop_dma`, :meth:`mask`, :meth:`prove`; each only once.
 
     ``vm``, ``by`` and ``cause`` go into the evidence. Made before the devices are at work: it opens and
     changes nothing.
@@ -59,9 +72,14 @@ class Quiesce:
         order = all_steps.STOP_DMA
         self._run(order[-1:] + order[:-1] if at_once else order)
 
+    def mask(self) -> None:
+        """No device interrupts any more, and each is reset. Idempotent."""
+        self._run(all_steps.MASK_AND_RESET)
+
     def prove(self) -> Verdict:
-        """Interrupts off, reset, proof, and the verdict. Idempotent."""
-        self._run(all_steps.MASK_AND_PROVE)
+        """The proof, and the verdict; only when nobody else writes to the guest's memory. Idempotent."""
+        self.mask()
+        self._run(all_steps.PROVE)
         for subject in self._subjects:
             self._judge(subject)
         return self.evidence.verdict
@@ -78,18 +96,17 @@ class Quiesce:
         for subject in self._subjects:
             evidence = StepEvidence(step.name, at=self._clock.now() - self._zero)
             subject.evidence.steps.append(evidence)
-            if subject.name in self._lost:
+            if subject.name in self._lost and not step.even_if_lost(subject):
                 evidence.verdict, evidence.detail = "skipped", "an earlier step never came back"
                 continue
-            subject.step = evidence
-            work = _Work(subject, step, evidence, self._clock)
-            if self._clock.threads:
-                work.start()
-                works.append(work)
-            else:
+            works.append(_Work(subject, step, evidence, self._clock))
+        # Those without a thread of their own, by a simulated clock or want of threads, run here, last.
+        started = [work.start() if self._clock.threads else False for work in works]
+        for work, has_thread in zip(works, started, strict=True):
+            if not has_thread:
                 work.run()
-        for work in works:
-            if not work.join():
+        for work, has_thread in zip(works, started, strict=True):
+            if has_thread and not work.join():
                 self._lost.add(work.subject.name)
 
     def _judge(self, subject: Subject) -> None:
@@ -98,9 +115,10 @@ class Quiesce:
         if subject.name in self._lost:
             device.verdict, device.reason = Verdict.QUARANTINED, "the host did not come back from an access"
         elif not subject.proven or not subject.unmapped:
-            verify = next((s for s in device.steps if s.step == "verify"), None)
-            why = (verify.detail if verify else "") or (bad[-1].detail if bad else "not verified")
-            device.verdict, device.reason = Verdict.QUARANTINED, why
+            # What the proof says counts more than what went wrong before it.
+            last = [step for step in bad if step.step in ("verify", "restore", "unmap")] or bad[-1:]
+            device.verdict = Verdict.QUARANTINED
+            device.reason = (last[0].detail if last else "") or "not verified"
         elif bad:
             names = ", ".join(step.step for step in bad)
             device.verdict, device.reason = Verdict.DEGRADED, f"proven quiet, but not by the book: {names}"
@@ -109,40 +127,46 @@ class Quiesce:
 
 
 class _Work:
-    """One step on one device."""
+    """One step on one device. It works on copies, which only count when it comes back in time."""
 
     def __init__(self, subject: Subject, step: Step, evidence: StepEvidence, clock: Clock) -> None:
         self.subject = subject
         self._step = step
         self._evidence = evidence
         self._clock = clock
-        self._deadline = step.deadline(subject)
+        self._deadline = step.deadline(subject.policy)
         self._began = clock.now()
+        self._leash = Leash(subject.hardware)
+        own = StepEvidence(step.name)
+        self._view = replace(subject, hardware=cast(Hardware, self._leash), step=own)
         self._thread: threading.Thread | None = None
-        self._abandoned = False
+        self._lock = threading.Lock()
+        self._over = False
 
-    def start(self) -> None:
-        """On a thread of its own."""
+    def start(self) -> bool:
+        """On a thread of its own; False when the host gives none."""
         name = f"quiesce-{self.subject.name}-{self._step.name}"
-        self._thread = threading.Thread(target=self.run, name=name, daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self.run, name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            return False
+        self._thread = thread
+        return True
 
     def join(self) -> bool:
         """Wait for the deadline; False when the thread is still inside an access then."""
         assert self._thread is not None
         # The generator looks at the deadline itself; the rest is for the access it may sit in.
-        self._thread.join(max(0.0, self._began + self._deadline + 0.25 - self._clock.now()))
-        if not self._thread.is_alive():
-            return True
-        self._abandoned = True
-        self._finish("late", f"an access did not come back within {self._deadline:g} s")
-        return False
+        self._thread.join(max(0.0, self._began + self._deadline + GRACE - self._clock.now()))
+        late = f"an access did not come back within {self._deadline:g} s"
+        return not self._finish("late", late, abandoned=True)
 
     def run(self) -> None:
         """The step to its end, its failure or its deadline."""
         verdict, detail = "ok", ""
         try:
-            for pause in self._step.run(self.subject):
+            for pause in self._step.run(self._view):
                 if self._clock.now() + pause - self._began > self._deadline:
                     verdict, detail = "late", f"not done within {self._deadline:g} s"
                     break
@@ -154,10 +178,19 @@ class _Work:
         except Exception as error:
             # A fault of ours, or of a soft stop's: this step failed, the stronger ones still run.
             verdict, detail = "failed", f"{type(error).__name__}: {error}"
-        if not self._abandoned:
-            self._finish(verdict, detail)
+        self._finish(verdict, detail)
 
-    def _finish(self, verdict: str, detail: str) -> None:
-        self._evidence.verdict = verdict
-        self._evidence.seconds = self._clock.now() - self._began
-        self._evidence.detail = detail or self._evidence.detail
+    def _finish(self, verdict: str, detail: str, *, abandoned: bool = False) -> bool:
+        """Write down how it ended; whether this was the first word on that."""
+        with self._lock:
+            if self._over:
+                return False
+            self._over = True
+        own, evidence = self._view.step, self._evidence
+        self._leash.cut()
+        evidence.verdict, evidence.detail = verdict, detail or own.detail
+        evidence.seconds = self._clock.now() - self._began
+        evidence.wrote, evidence.read = list(own.wrote), list(own.read)
+        if not abandoned:
+            self.subject.learn(self._view)
+        return True

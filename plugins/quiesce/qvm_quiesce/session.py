@@ -2,6 +2,9 @@
 
 A vdev that gives a physical device to the guest (``physical = True``) has a method ``hardware()`` that
 gives the :class:`~qvm_quiesce.hardware.Hardware` of each function it passes.
+
+What runs when: DMA stops first of all; interrupts and the reset follow; the proof waits until the vdevs'
+workers have stopped, because they write to the guest's memory too, and runs before anything is released.
 """
 
 from __future__ import annotations
@@ -9,41 +12,62 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
+from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from qvm_quiesce import state as files
+from qvm_quiesce import steps
 from qvm_quiesce.attach import attach
 from qvm_quiesce.evidence import Verdict, text_table
-from qvm_quiesce.guard import Device, Guard, GuardError
+from qvm_quiesce.guard import START_TIMEOUT, Device, Guard, GuardError
 from qvm_quiesce.hardware import Hardware, HardwareError
-from qvm_quiesce.runner import Quiesce
+from qvm_quiesce.runner import Quiesce, bound
 from qvm_quiesce.vdev import ALL, QuiesceVdev
-from qvmcore.api import GuestEnd, HostError, NotQuiet, Phase, TerminationCallback
+from qvmcore.api import GuestEnd, HostError, NotQuiet, Phase, PluginError, TerminationCallback
 
 log = logging.getLogger("qvm.quiesce")
 
-#: Seconds beyond the deadlines of the steps themselves.
-_MARGIN = 5.0
+#: Seconds beyond what the steps themselves may take.
+_MARGIN = 2.0
+#: A guard that is lost more often than this within so many seconds is not replaced again.
+RESTARTS, RESTART_SECONDS = 5, 60.0
 
 
 def callbacks(machine: Any) -> Sequence[TerminationCallback]:
     """Get ready for the end of ``machine``. Raises HostError to refuse its start."""
     tables = [slot.vdev for slot in machine.slots if isinstance(slot.vdev, QuiesceVdev)]
-    passed = [
-        (slot.name, each) for slot in machine.slots if slot.cls.physical for each in slot.vdev.hardware()
-    ]
-    chosen = [(name, each, table) for name, each in passed if (table := _table_for(tables, each)) is not None]
+    passed = [(slot.name, each) for slot in machine.slots if slot.cls.physical for each in _hardware(slot)]
+    names = [hardware.name for _, hardware in passed]
+    for twice in {name for name in names if names.count(name) > 1}:
+        raise HostError(f"{twice} is passed to this guest twice")
+    chosen = [(each, table) for _, each in passed if (table := _table_for(tables, each)) is not None]
+    covered = {hardware.name for hardware, _ in chosen}
     for name, hardware in passed:
-        if not any(hardware is each for _, each, _ in chosen):
+        if hardware.name not in covered:
             log.warning('%s: nobody quiesces %s: add a [[vdev]] with type = "quiesce"', name, hardware.name)
     for table in tables:
-        if table.options.device != ALL and not any(table.matches(each.name) for _, each in passed):
+        if table.options.device != ALL and not any(table.matches(name) for name in names):
             raise HostError(
                 f"{table.ctx.name}: no vdev passes the device {table.options.device!r} to this guest",
-                hint=f"passed are: {', '.join(each.name for _, each in passed) or 'none'}",
+                hint=f"passed are: {', '.join(names) or 'none'}",
             )
-    return Session(machine.spec.name, chosen).callbacks() if chosen else ()
+    if not chosen:
+        return ()
+    # A vdev is quieted when all of its functions are.
+    bare = {name for name, hardware in passed if hardware.name not in covered}
+    quiets = tuple(dict.fromkeys(name for name, _ in passed if name not in bare))
+    return Session(machine.spec.name, chosen, quiets).callbacks()
+
+
+def _hardware(slot: Any) -> Sequence[Hardware]:
+    give = getattr(slot.vdev, "hardware", None)
+    if give is None:
+        raise PluginError(f"{slot.spec.where}: a vdev with physical = True has a method hardware()")
+    found: Sequence[Hardware] = give()
+    return found
 
 
 def _table_for(tables: Sequence[QuiesceVdev], hardware: Hardware) -> QuiesceVdev | None:
@@ -53,66 +77,101 @@ def _table_for(tables: Sequence[QuiesceVdev], hardware: Hardware) -> QuiesceVdev
 
 
 class Session:
-    """Attached devices with their guard. Made on the main thread, before the guest starts."""
+    """Attached devices with their guard. Made on the main thread, before the guest starts.
 
-    def __init__(self, vm: str, chosen: Sequence[tuple[str, Hardware, QuiesceVdev]]) -> None:
+    ``quiets`` are the vdevs whose devices these are.
+    """
+
+    def __init__(
+        self, vm: str, chosen: Sequence[tuple[Hardware, QuiesceVdev]], quiets: tuple[str, ...]
+    ) -> None:
         self._vm = vm
-        self._names = tuple(dict.fromkeys(name for name, _, _ in chosen))
-        self._tables = {hardware.name: table for _, hardware, table in chosen}
-        self._state = files.folder()
+        self._quiets = quiets
+        self._tables = {hardware.name: table for hardware, table in chosen}
+        self._state = self._prepare_state()
         self._refuse_quarantined()
         try:
-            self._devices: list[Device] = [(each, attach(each), table.policy) for _, each, table in chosen]
+            self._devices: list[Device] = [(each, attach(each), table.policy) for each, table in chosen]
         except HardwareError as error:
             raise HostError(str(error)) from error
         self._quiesce = Quiesce(vm, "vm", self._devices)
+        self._guarded = [each for each in self._devices if self._tables[each[0].name].options.guard]
+        #: Held while a guard starts. Never waited for before DMA has stopped.
         self._lock = threading.Lock()
-        self._ending = False
+        self._ending = threading.Event()
+        self._lost: deque[float] = deque(maxlen=RESTARTS)
         self._guard: Guard | None = None
-        if any(table.options.guard for _, _, table in chosen):
-            self._guard = self._start_guard()
+        if self._guarded:
+            with self._lock:
+                self._guard = self._start_guard()
 
     def callbacks(self) -> list[TerminationCallback]:
         """What runs in which phase of the end."""
         policies = [policy for _, _, policy in self._devices]
-        soft = max(policy.soft_stop_deadline for policy in policies)
-        rest = max(each.drain_deadline + each.reset_deadline + each.watch for each in policies)
+        stop, mask, prove = (
+            bound(each, policies) + _MARGIN for each in (steps.STOP_DMA, steps.MASK_AND_RESET, steps.PROVE)
+        )
+        # The report waits for a guard that is just being started.
+        report = prove + START_TIMEOUT + _MARGIN
         return [
-            TerminationCallback("quiesce", Phase.STOP_DMA, self._stop_dma, soft + _MARGIN, self._names),
-            TerminationCallback("quiesce", Phase.MASK_IRQ, self._prove, rest + 3 * _MARGIN, self._names),
-            TerminationCallback("quiesce", Phase.FLUSH, self._report, _MARGIN),
+            TerminationCallback("quiesce", Phase.STOP_DMA, self._stop_dma, stop, self._quiets),
+            TerminationCallback("quiesce", Phase.MASK_IRQ, self._mask, mask, self._quiets),
+            TerminationCallback("quiesce", Phase.FLUSH, self._prove_and_report, report, self._quiets),
         ]
 
     def _stop_dma(self, end: GuestEnd) -> None:
-        with self._lock:
-            self._ending = True
+        self._ending.set()
         self._quiesce.stop_dma(f"{end.reason}: {end.message}" if end.message else str(end.reason))
 
-    def _prove(self, _end: GuestEnd) -> None:
-        verdict = self._quiesce.prove()
-        if verdict is not Verdict.QUIESCED:
-            bad = [each for each in self._quiesce.evidence.devices if each.verdict is not Verdict.QUIESCED]
+    def _mask(self, _end: GuestEnd) -> None:
+        self._quiesce.mask()
+
+    def _prove_and_report(self, _end: GuestEnd) -> None:
+        try:
+            self._quiesce.prove()
+        finally:
+            self._report()
+        bad = [each for each in self._quiesce.evidence.devices if each.verdict is not Verdict.QUIESCED]
+        if bad:
             raise NotQuiet("; ".join(f"{each.device}: {each.verdict.value}: {each.reason}" for each in bad))
 
-    def _report(self, _end: GuestEnd) -> None:
+    def _report(self) -> None:
         """The record first: the guard may go only when it is written."""
-        evidence, guard = self._quiesce.evidence, self._guard
+        evidence = self._quiesce.evidence
         keep = [
-            each.device
-            for each in evidence.devices
-            if each.verdict is Verdict.QUARANTINED
-            and self._tables[each.device].options.on_failure == "quarantine"
+            device.device
+            for device in evidence.devices
+            if device.verdict is Verdict.QUARANTINED
+            and self._tables[device.device].options.on_failure == "quarantine"
         ]
-        evidence.keeper = guard.pid if guard is not None and keep else 0
+        with self._lock:
+            # Nobody starts another one from here on: the devices are released next.
+            guard, self._guard = self._guard, None
+        held = [hardware.name for hardware, _, _ in self._guarded if hardware.name in keep]
+        if guard is not None and guard.running and held:
+            evidence.keeper, evidence.keeper_started = guard.pid, files.started(guard.pid)
+        level = logging.INFO if evidence.verdict is Verdict.QUIESCED else logging.ERROR
         try:
-            path = files.keep(evidence, self._state, keep)
-            log.info(
-                "quiesce: %s; record: %s\n%s", evidence.verdict.value, path, text_table(evidence.devices)
-            )
+            path = f"record: {files.keep(evidence, self._state, keep)}"
         except OSError as error:
-            log.error("quiesce: %s; cannot write the record: %s", evidence.verdict.value, error)
+            path, level = f"cannot write the record: {error}", logging.ERROR
+        log.log(level, "quiesce: %s; %s\n%s", evidence.verdict.value, path, text_table(evidence.devices))
         if guard is not None:
-            guard.dismiss(keep)
+            guard.dismiss(held)
+
+    def _prepare_state(self) -> Path:
+        try:
+            root = files.folder()
+            files.check(root)
+        except OSError as error:
+            if any(table.options.on_failure == "quarantine" for table in self._tables.values()):
+                raise HostError(
+                    f"quiesce: a device that is not proven quiet could not be quarantined: {error}",
+                    hint='set XDG_STATE_HOME to a folder of yours, or on-failure = "report"',
+                ) from error
+            log.warning("quiesce: there will be no record: %s", error)
+            return Path("/nonexistent")
+        return root
 
     def _refuse_quarantined(self) -> None:
         entries = files.quarantined(self._state)
@@ -127,7 +186,7 @@ class Session:
 
     def _start_guard(self) -> Guard:
         try:
-            guard = Guard.start(self._vm, self._devices, self._state)
+            guard = Guard.start(self._vm, self._guarded, self._state)
         except (GuardError, HardwareError, OSError) as error:
             raise HostError(
                 f"quiesce: no guard process: {error}", hint="guard = false does without"
@@ -137,16 +196,21 @@ class Session:
 
     def _guard_lost(self, status: int) -> None:
         """On the thread that waits for the guard: a new one, or the end."""
+        log.error("quiesce: the guard process ended (status %d, pid of the VM %d)", status, os.getpid())
+        tables = [self._tables[hardware.name] for hardware, _, _ in self._guarded]
         with self._lock:
-            if self._ending:
+            if self._ending.is_set() or self._guard is None:
                 return
-            table = next(iter(self._tables.values()))
-            log.error("quiesce: the guard process ended (status %d, pid of the VM %d)", status, os.getpid())
-            if table.options.guard_lost == "restart":
+            now = time.monotonic()
+            often = len(self._lost) == RESTARTS and now - self._lost[0] < RESTART_SECONDS
+            self._lost.append(now)
+            if often:
+                log.error("quiesce: it was lost %d times within %g s", RESTARTS, RESTART_SECONDS)
+            elif all(table.options.guard_lost == "restart" for table in tables):
                 try:
                     self._guard = self._start_guard()
                     log.info("quiesce: a new guard process watches (pid %d)", self._guard.pid)
                     return
                 except HostError as error:
                     log.error("%s", error)
-            table.ctx.request_shutdown("nobody guards the physical devices any more")
+        tables[0].ctx.request_shutdown("nobody guards the physical devices any more")

@@ -10,7 +10,6 @@ With a :class:`FakeClock` its time passes when somebody sleeps; with a real one 
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 import struct
@@ -29,8 +28,9 @@ CONFIG, BAR, STATE = 4096, 4096, 64
 BUFFER_SIZE = CONFIG + BAR + STATE
 #: Bytes of memory its DMA can reach.
 MEMORY = 64 * 1024
-#: Offsets in the state: interrupts counted; reset until, awake until (seconds, f64); flags.
+#: Offsets in the state: interrupts counted; requests pending until (seconds, f64); flags; silent until.
 _INTERRUPTS, _BUSY_UNTIL, _FLAGS = CONFIG + BAR, CONFIG + BAR + 8, CONFIG + BAR + 16
+_SILENT_UNTIL = CONFIG + BAR + 24
 _RESET_DONE, _FROZEN, _REVOKED, _UNMAPPED, _DROPPED, _CLOSED = 1, 2, 4, 8, 16, 32
 _SURRENDERED = 64
 
@@ -186,7 +186,7 @@ class SimulatedDevice:
             self._flag(_RESET_DONE, True)
             self._flag(_FROZEN, bool(frozen))
             self._put_f64(_BUSY_UNTIL, 0.0)
-            self._silent_until = self.clock.now() + self.faults.reset_takes
+            self._put_f64(_SILENT_UNTIL, self.clock.now() + self.faults.reset_takes)
 
     def revoke(self) -> None:
         """Remembered: see :meth:`done`."""
@@ -281,11 +281,9 @@ class SimulatedDevice:
 
     # -- inside ------------------------------------------------------------------------------------
 
-    _silent_until = -math.inf
-
     def _silent(self) -> bool:
         frozen = self._get(_FLAGS, 1) & _FROZEN
-        return self.faults.gone or bool(frozen) or self.clock.now() < self._silent_until
+        return self.faults.gone or bool(frozen) or self.clock.now() < self._f64(_SILENT_UNTIL)
 
     def _hang(self, where: str) -> None:
         if self.faults.hangs_in == where:
@@ -316,6 +314,7 @@ class SimulatedDevice:
         self._put(pci.STATUS, 2, pci.STATUS_CAPABILITIES)
         self._put(pci.CLASS_REVISION, 4, code << 8)
         self._put(pci.BAR0, 4, 0xFEB0_0000)
+        self._put(pci.INTERRUPT_PIN, 1, 1)
         self._put(pci.CAPABILITIES, 1, PM_AT)
         chain = ((PM_AT, pci.CAP_PM), (MSI_AT, pci.CAP_MSI), (MSIX_AT, pci.CAP_MSIX), (EXPRESS_AT, 0x10))
         for (at, number), following in zip(chain, [*(at for at, _ in chain[1:]), 0], strict=True):

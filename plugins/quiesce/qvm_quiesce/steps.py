@@ -17,12 +17,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from qvm_quiesce import pci, reset, softstop
-from qvm_quiesce.hardware import HardwareError
-from qvm_quiesce.subject import Skip, StepFailed, Steps, Subject
+from qvm_quiesce.subject import Policy, Skip, StepFailed, Steps, Subject
 
 _PAGE = 4096
 #: Sleeps between looks at Transactions Pending: the times Linux waits.
 _DRAIN_PAUSE = 0.1
+#: Seconds a function may be silent in a reset (PCI Express 6.6.2: 100 ms, and some need more).
+_SILENT = 0.25
+#: Name, capability, register in it, mask bit, enable bit.
+_MESSAGES = (
+    ("msix", pci.CAP_MSIX, pci.MSIX_CONTROL, pci.MSIX_MASK, pci.MSIX_ENABLE),
+    ("msi", pci.CAP_MSI, pci.MSI_CONTROL, 0, pci.MSI_ENABLE),
+)
 
 
 def revoke(subject: Subject) -> Steps:
@@ -35,41 +41,54 @@ def bus_master_off(subject: Subject) -> Steps:
     """Clear Bus Master Enable and read it back: no DMA, and no MSI, which is DMA too."""
     command = subject.read("command", pci.COMMAND, 2)
     if command == pci.ABSENT:
-        subject.gone = True
-        raise StepFailed("the device does not answer: its configuration space reads all ones")
+        # It may be in a reset that a VM began which is dead now.
+        end = subject.clock.now() + _SILENT
+        while not subject.present() and subject.clock.now() < end:
+            yield _SILENT / 10
+        _present(subject)
+        command = subject.read("command", pci.COMMAND, 2)
     subject.write("command", pci.COMMAND, 2, command & ~pci.COMMAND_BUS_MASTER)
     now = subject.read("command", pci.COMMAND, 2)
     subject.mastering_off = not now & pci.COMMAND_BUS_MASTER
     if not subject.mastering_off:
         raise StepFailed(f"bus mastering stays on: command reads {now:#06x}")
-    yield from ()
 
 
 def mask_interrupts(subject: Subject) -> Steps:
     """INTx off, MSI-X masked and off, MSI off, and nobody connected to any of them."""
-    _present(subject)
-    command = subject.read("command", pci.COMMAND, 2)
-    subject.write("command", pci.COMMAND, 2, command | pci.COMMAND_INTX_DISABLE)
+    try:
+        _present(subject)
+        left = []
+        # A function without an INTx pin may have the bit wired to 0 (SR-IOV 1.1, 3.4.1.3).
+        if subject.attached.config[pci.INTERRUPT_PIN]:
+            command = subject.read("command", pci.COMMAND, 2)
+            subject.write("command", pci.COMMAND, 2, command | pci.COMMAND_INTX_DISABLE)
+            if not subject.read("command", pci.COMMAND, 2) & pci.COMMAND_INTX_DISABLE:
+                left.append("INTx")
+        left += _messages_off(subject)
+    finally:
+        # The host's own part, whether the device answers or not.
+        subject.hardware.drop_interrupts()
+    if left:
+        raise StepFailed(f"still enabled: {', '.join(left)}")
+    yield from ()
+
+
+def _messages_off(subject: Subject) -> list[str]:
+    """Turn MSI-X and MSI off where they are on; the names of those that stay on."""
     left = []
-    if not subject.read("command", pci.COMMAND, 2) & pci.COMMAND_INTX_DISABLE:
-        left.append("INTx")
-    for name, capability, register, mask, enable in (
-        ("msix", pci.CAP_MSIX, pci.MSIX_CONTROL, pci.MSIX_MASK, pci.MSIX_ENABLE),
-        ("msi", pci.CAP_MSI, pci.MSI_CONTROL, 0, pci.MSI_ENABLE),
-    ):
+    for name, capability, register, mask, enable in _MESSAGES:
         at = subject.capability(capability)
         if at is None:
             continue
         value = subject.read(name, at + register, 2)
         if mask:
             subject.write(name, at + register, 2, value | mask)
-        subject.write(name, at + register, 2, (value | mask) & ~enable)
-        if subject.read(name, at + register, 2) & enable:
-            left.append(name)
-    subject.hardware.drop_interrupts()
-    if left:
-        raise StepFailed(f"still enabled: {', '.join(left)}")
-    yield from ()
+        if value & enable:
+            subject.write(name, at + register, 2, (value | mask) & ~enable)
+            if subject.read(name, at + register, 2) & enable:
+                left.append(name)
+    return left
 
 
 def decode_off(subject: Subject) -> Steps:
@@ -133,9 +152,9 @@ def verify(subject: Subject) -> Steps:
     subject.mastering_off = not command & pci.COMMAND_BUS_MASTER
     if not subject.mastering_off:
         raise StepFailed(f"bus mastering is on: command reads {command:#06x}")
-    at = subject.capability(pci.CAP_MSIX)
-    if at is not None and subject.read("msix", at + pci.MSIX_CONTROL, 2) & pci.MSIX_ENABLE:
-        raise StepFailed("MSI-X is on")
+    left = _messages_off(subject)
+    if left:
+        raise StepFailed(f"still enabled: {', '.join(left)}")
     express = subject.capability(pci.CAP_EXPRESS)
     if express is not None:
         status = subject.read("pending", express + pci.EXPRESS_DEVICE_STATUS, 2)
@@ -165,44 +184,66 @@ def restore(subject: Subject) -> Steps:
     """Back to the configuration it was attached with, bus mastering off; never to the guest's."""
     _present(subject)
     record = subject.attached.config
+    left = []
     for offset in range(pci.BAR0, pci.HEADER_SIZE, 4):
         value = int.from_bytes(record[offset : offset + 4], "little")
         if subject.hardware.config_read(offset, 4) != value:
             subject.write(f"config+{offset:#x}", offset, 4, value)
+            if subject.hardware.config_read(offset, 4) != value:
+                left.append(f"config+{offset:#x}")
     subject.write("command", pci.COMMAND, 2, subject.attached.command & ~pci.COMMAND_BUS_MASTER)
     if subject.read("command", pci.COMMAND, 2) & pci.COMMAND_BUS_MASTER:
         subject.mastering_off = subject.proven = False
         raise StepFailed("bus mastering came back")
+    if left:
+        raise StepFailed(f"not what it was when it was attached: {', '.join(left)}")
     yield from ()
+
+
+def _seconds(value: float) -> Callable[[Policy], float]:
+    return lambda _policy: value
+
+
+def _never(_subject: Subject) -> bool:
+    return False
+
+
+def _always(_subject: Subject) -> bool:
+    return True
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step with the seconds after which it is abandoned, beyond the waits of the policy."""
+    """A step with the seconds after which it is abandoned.
+
+    ``even_if_lost``: whether it is tried on a device that an earlier step never came back from. It
+    proves nothing any more; but it may still be what keeps the device from memory.
+    """
 
     name: str
     run: Callable[[Subject], Steps]
-    deadline: Callable[[Subject], float]
-
-
-def _seconds(value: float) -> Callable[[Subject], float]:
-    return lambda _subject: value
+    deadline: Callable[[Policy], float]
+    even_if_lost: Callable[[Subject], bool] = _never
 
 
 #: Before any other thing: the dangerous part ends here.
 STOP_DMA: tuple[Step, ...] = (
     Step("revoke", revoke, _seconds(1.0)),
-    Step("soft-stop", softstop.soft_stop, lambda subject: subject.policy.soft_stop_deadline + 0.5),
-    Step("bus-master-off", bus_master_off, _seconds(0.5)),
+    Step("soft-stop", softstop.soft_stop, lambda policy: policy.soft_stop_deadline + 0.5),
+    Step("bus-master-off", bus_master_off, _seconds(0.5), _always),
 )
-#: Then interrupts, the reset, and the proof.
-MASK_AND_PROVE: tuple[Step, ...] = (
-    Step("mask-interrupts", mask_interrupts, _seconds(0.5)),
+#: Then interrupts and the reset.
+MASK_AND_RESET: tuple[Step, ...] = (
+    Step("mask-interrupts", mask_interrupts, _seconds(0.5), _always),
     Step("decode-off", decode_off, _seconds(0.5)),
-    Step("drain", drain, lambda subject: subject.policy.drain_deadline + 0.5),
+    Step("drain", drain, lambda policy: policy.drain_deadline + 0.5),
     Step("wake", wake, _seconds(0.5)),
-    Step("reset", reset.reset, lambda subject: subject.policy.reset_deadline + 5.0),
-    Step("verify", verify, lambda subject: subject.policy.watch + 10.0),
+    # It is the last means against a device whose bus mastering could not be cleared.
+    Step("reset", reset.reset, lambda policy: policy.reset_deadline + 5.0, lambda s: not s.mastering_off),
+)
+#: Then, when nobody else writes to the guest's memory, the proof and what may only follow it.
+PROVE: tuple[Step, ...] = (
+    Step("verify", verify, lambda policy: policy.watch + 10.0),
     Step("unmap", unmap, _seconds(1.0)),
     Step("restore", restore, _seconds(0.5)),
 )
@@ -230,4 +271,4 @@ def _digest(subject: Subject) -> int:
     return digest
 
 
-__all__ = ["MASK_AND_PROVE", "STOP_DMA", "HardwareError", "Step"]
+__all__ = ["MASK_AND_RESET", "PROVE", "STOP_DMA", "Step"]

@@ -39,6 +39,8 @@ class Policy:
     watch: float = 0.05
     #: At most so many bytes of memory are watched, pages spread over all of it.
     watch_bytes: int = 64 << 20
+    #: Keep it from later VMs, and hold its memory, when it is not proven quiet.
+    quarantine: bool = True
 
 
 @dataclass(slots=True)
@@ -58,6 +60,11 @@ class Subject:
     proven: bool = False
     unmapped: bool = False
     step: StepEvidence = field(default_factory=lambda: StepEvidence(""))
+
+    def learn(self, other: Subject) -> None:
+        """Take over what a step found out on a copy of this."""
+        self.gone, self.mastering_off = other.gone, other.mastering_off
+        self.proven, self.unmapped = other.proven, other.unmapped
 
     @property
     def name(self) -> str:

@@ -65,7 +65,7 @@ class QuiesceVdev(Vdev):
     @classmethod
     def claims(cls, options: QuiesceOptions) -> tuple[str, ...]:
         """Two tables for the same device contradict each other."""
-        return (f"the quiesce of {options.device}",)
+        return (f"the quiesce of {_plain(options.device)}",)
 
     def on_configured(self) -> None:
         """Refuse a script that cannot run."""
@@ -88,12 +88,18 @@ class QuiesceVdev(Vdev):
             options.drain_deadline,
             options.reset_deadline,
             options.watch,
+            quarantine=options.on_failure == "quarantine",
         )
 
     def matches(self, device: str) -> bool:
         """Whether this table names the device."""
-        return self.options.device.removeprefix("pci:") == device.removeprefix("pci:")
+        return _plain(self.options.device) == _plain(device)
 
     def status(self) -> Mapping[str, object]:
         """Which device it is for."""
         return {"device": self.options.device, "guard": self.options.guard}
+
+
+def _plain(device: str) -> str:
+    """A device as it is compared: ``pci:0000:0A:00.0`` is ``0000:0a:00.0``."""
+    return device.lower().removeprefix("pci:")

@@ -139,9 +139,10 @@ def test_on_failure_report_quarantines_nothing(tmp_path: Path, state: Path, devi
 def test_a_quiesce_that_hangs_is_8(tmp_path: Path, devices: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not only a bad verdict: no verdict, too."""
     devices(Faults())
-    monkeypatch.setattr("qvm_quiesce.session._MARGIN", 0.1)
+    monkeypatch.setattr("qvm_quiesce.session._MARGIN", 0.5)
+    monkeypatch.setattr("qvm_quiesce.session.bound", lambda steps, policies: 0.0)
     stuck = threading.Event()
-    monkeypatch.setattr(Session, "_prove", lambda self, end: stuck.wait(30) and None)
+    monkeypatch.setattr(Session, "_mask", lambda self, end: stuck.wait(30) and None)
     outcome = run(tmp_path, drive, (SimPass, QuiesceVdev), guard=False)
     assert outcome.code == 8
     stuck.set()

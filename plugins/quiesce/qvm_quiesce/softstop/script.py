@@ -26,6 +26,11 @@ def problem(entry: Mapping[str, Any]) -> str:
     unknown = sorted(set(entry) - KEYS)
     if unknown:
         return f"unknown key {unknown[0]!r}; known keys: {', '.join(sorted(KEYS))}"
+    for key, value in entry.items():
+        # TOML has booleans, and Python counts them as numbers.
+        kinds: tuple[type, ...] = (int, float) if key == "within" else (int,)
+        if type(value) not in kinds:
+            return f"{key}: expected a number, not {value!r}"
     if "offset" not in entry or ("write" in entry) == ("equals" in entry):
         return "expected offset and either write or equals"
     if entry.get("size", 4) not in (1, 2, 4, 8):
@@ -34,9 +39,9 @@ def problem(entry: Mapping[str, Any]) -> str:
     for key in ("write", "mask", "equals"):
         if not 0 <= entry.get(key, 0) < limit:
             return f"{key}: {entry[key]:#x} does not fit {entry.get('size', 4)} bytes"
-    return (
-        "" if 0 <= entry.get("bar", 0) <= 5 and entry["offset"] >= 0 else "bar is 0 to 5, offset not negative"
-    )
+    if not 0 <= entry.get("bar", 0) <= 5 or not 0 <= entry["offset"] < 1 << 64:
+        return "bar is 0 to 5, offset not negative"
+    return "" if 0 < entry.get("within", 1) <= 60 else "within is more than 0 and at most 60 seconds"
 
 
 def stop(subject: Subject) -> Steps:

@@ -7,6 +7,7 @@ guest plus kvm_amd; a script for it mounts the two disks and starts the tests (s
 from __future__ import annotations
 
 import base64
+import os
 import shutil
 import subprocess
 import tempfile
@@ -33,13 +34,18 @@ TOOLS = {
     "tar": "tar",
     "setpriv": "util-linux",
 }
-MODULES = ("kvm_amd", "tun")
+MODULES = ("kvm_amd", "tun", "virtio_net", "vfio-pci", "vfio_iommu_type1")
 
-#: Runs in the initramfs; disks of the nvme driver are there from the start, it is built in.
+#: Runs in the initramfs; disks of the nvme driver are there from the start, it is built in. Which of the
+#: three gets which number is a race.
 SCRIPT = """
-modprobe -a kvm_amd tun || exit
-mount -t ext4 -o ro /dev/nvme0n1 /mnt || exit
-mount -t ext4 -o ro /dev/nvme0n2 /mnt/code || exit
+modprobe -a kvm_amd tun virtio_net vfio-pci vfio_iommu_type1 || exit
+for serial in /sys/class/nvme/*/serial; do
+  grep -q ^rig $serial && nvme=${serial%/serial} && nvme=/dev/${nvme##*/}
+done
+mount -t ext4 -o ro ${nvme}n1 /mnt || exit
+mount -t ext4 -o ro ${nvme}n2 /mnt/code || exit
+ln -s ${nvme}n1 /dev/rig-root
 for name in dev proc sys; do mount --bind /$name /mnt/$name || exit; done
 mkdir -p /dev/pts /dev/shm
 mount -t devpts devpts /mnt/dev/pts
@@ -140,6 +146,28 @@ class Quiet(Progress):
         """Drop the line."""
 
 
+def to_pass(folder: Path) -> list[str]:
+    """Functions that tests take from the machine, each in an IOMMU group of its own, with their disks.
+
+    ``slow`` answers 20 requests a second: with a queue of them it writes to memory for a while. The e1000e
+    receives what the machine sends to its other network device.
+    """
+    plain, slow = folder / "plain.img", folder / "slow.img"
+    plain.write_bytes(b"")
+    os.truncate(plain, 64 << 20)
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-F", str(plain)], check=True, env=image.SBIN)
+    slow.write_bytes(b"canary!!" * (1 << 18))
+    return [
+        "-drive", f"file={plain},if=none,id=plain,format=raw",
+        "-drive", f"file={slow},if=none,id=slow,format=raw,throttling.iops-total=20",
+        "-netdev", "hubport,id=net,hubid=0", "-netdev", "hubport,id=feed,hubid=0",
+        "-device", "virtio-net-pci,netdev=feed",
+        *(word for n in range(4) for word in ("-device", f"pcie-root-port,id=rp{n},chassis={n},slot={n}")),
+        "-device", "edu,bus=rp0", "-device", "e1000e,bus=rp1,netdev=net",
+        "-device", "nvme,bus=rp2,serial=plain,drive=plain", "-device", "nvme,bus=rp3,serial=slow,drive=slow",
+    ]  # fmt: skip
+
+
 def launch(folder: Path, root: Path) -> Machine:
     """Start QEMU on the files in ``folder``."""
     script = base64.b64encode(SCRIPT.encode()).decode()
@@ -149,13 +177,15 @@ def launch(folder: Path, root: Path) -> Machine:
         "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         # EPYC is a processor that TCG can emulate with nested paging; "max" is slower.
         "-machine", "q35", "-cpu", "EPYC,+svm", "-accel", "tcg,thread=multi",
+        "-device", "intel-iommu,intremap=on",
         "-smp", str(CPUS), "-m", str(MEMORY),
         "-kernel", str(folder / "kernel/vmlinuz"), "-initrd", str(folder / "kernel/initramfs.cpio.gz"),
-        "-append", f"console=ttyS0 panic=-1 quiet qvm.exec={script}",
+        "-append", f"console=ttyS0 panic=-1 quiet intel_iommu=on iommu=pt qvm.exec={script}",
         "-drive", f"file={root},if=none,id=root,format=raw,readonly=on",
         "-drive", f"file={folder / 'code.img'},if=none,id=code,format=raw,readonly=on",
         "-device", "nvme,id=nv,serial=rig", "-device", "nvme-ns,drive=root,bus=nv,nsid=1",
         "-device", "nvme-ns,drive=code,bus=nv,nsid=2",
+        *to_pass(folder),
         "-serial", f"file:{folder / 'console.log'}", "-serial", f"file:{folder / 'results.jsonl'}",
     ]  # fmt: skip
     # QEMU names there what an EPYC has and its emulation has not.

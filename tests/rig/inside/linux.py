@@ -14,7 +14,7 @@ from tests.guest.conftest import BOOT_LIMIT, Vm
 #: Where the rig has the kernel and the initramfs of `qvm guest build debian-amd64`.
 GUEST = Path("/code/guest")
 #: The machine's own root file system, which has fio; guests get it read-only.
-TOOLS = "/dev/nvme0n1"
+TOOLS = "/dev/rig-root"
 
 MACHINE = """
 [system]

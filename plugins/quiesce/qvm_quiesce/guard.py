@@ -28,9 +28,6 @@ _FDS_PER_MESSAGE = 200
 START_TIMEOUT = 5.0
 # Behind the standard library: nothing that was installed beside this may take the place of a part of it.
 _BOOT = "import sys; sys.path += {paths!r}; from qvm_quiesce.guard_main import main; main({fd})"
-#: pidfd_open(2) PIDFD_THREAD, Linux 6.9: readable once the main thread is gone, though another thread of the
-#: process may be stuck in the kernel.
-_PIDFD_THREAD = os.O_EXCL
 
 Device = tuple[Hardware, AttachRecord, Policy]
 
@@ -90,13 +87,14 @@ class Guard:
     def _brief(
         self, vm: str, devices: Sequence[Device], handovers: list[dict[str, Any]], state: Path
     ) -> None:
-        entries, fds = [], [_pidfd()]
+        entries, fds = [], [os.pidfd_open(os.getpid())]
         for (_, attached, policy), handover in zip(devices, handovers, strict=True):
             own = handover.pop("fds")
             entry = {**handover, "attached": attached.to_json(), "policy": asdict(policy), "fds": len(own)}
             entries.append(entry)
             fds += own
-        text = json.dumps({"vm": vm, "state": str(state), "devices": entries, "fds": len(fds)}).encode()
+        brief = {"vm": vm, "pid": os.getpid(), "state": str(state), "devices": entries, "fds": len(fds)}
+        text = json.dumps(brief).encode()
         try:
             self._channel.send(len(text).to_bytes(4, "little"))
             for start in range(0, len(text), 32768):
@@ -153,11 +151,3 @@ class Guard:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-
-
-def _pidfd() -> int:
-    """A descriptor by which the end of this process is seen."""
-    try:
-        return os.pidfd_open(os.getpid(), _PIDFD_THREAD)
-    except OSError:
-        return os.pidfd_open(os.getpid())

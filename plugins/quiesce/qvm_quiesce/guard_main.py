@@ -32,6 +32,10 @@ _IGNORED = (
     signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGXFSZ, signal.SIGIO,
 )  # fmt: skip
 
+#: Seconds between two looks whether a VM that was killed lingers.
+LINGER_PERIOD = 1.0
+_SIGKILL_BIT = 1 << signal.SIGKILL - 1
+
 Guarded = tuple[Hardware, AttachRecord, Policy]
 
 
@@ -56,7 +60,7 @@ def main(fd: int) -> None:
     except OSError:
         pass  # The VM is gone already: that is seen next.
     hardware = [each for each, _, _ in devices]
-    keep = _wait(channel, fds[0])
+    keep = _wait(channel, fds[0], brief["pid"])
     if keep is None:
         keep = _act(quiesce, devices, Path(brief["state"]))
     keep &= {each.name for each in hardware}
@@ -123,20 +127,38 @@ def _keep_memory() -> None:
         signal.pause()
 
 
-def _wait(channel: socket.socket, pidfd: int) -> set[str] | None:
+def _wait(channel: socket.socket, pidfd: int, pid: int) -> set[str] | None:
     """What the VM says must be kept when its plan has run; None when it is gone without a word."""
     poll = select.poll()
     for fd in (channel.fileno(), pidfd):
         poll.register(fd, select.POLLIN)
     while True:
-        ready = {fd for fd, _ in poll.poll()}
+        ready = {fd for fd, _ in poll.poll(LINGER_PERIOD * 1000)}
         if channel.fileno() in ready:
             try:
                 return set(json.loads(channel.recv(1 << 20))["keep"])
             except (OSError, ValueError, KeyError, TypeError):
                 return None
-        if pidfd in ready:
+        if pidfd in ready or (not ready and _lingers(pid)):
             return None
+
+
+def _lingers(pid: int) -> bool:
+    """Whether a process is dead but for a thread that cannot die: it sits in an uninterruptible call.
+
+    Neither its socket nor its pidfd tell, and its devices go on. Its main thread has ended, or has a
+    SIGKILL that it cannot take (every fatal signal becomes one for the other threads).
+    """
+    try:
+        fd = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            text = os.read(fd, 4096).decode(errors="replace")
+        finally:
+            os.close(fd)
+        values = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+        return values["State"].split()[0] in ("Z", "X") or bool(int(values["SigPnd"], 16) & _SIGKILL_BIT)
+    except (OSError, ValueError, KeyError, IndexError):
+        return False  # Then it is gone altogether, which the pidfd tells.
 
 
 def _receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:

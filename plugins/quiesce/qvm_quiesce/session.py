@@ -160,6 +160,8 @@ class Session:
             guard.dismiss(held)
 
     def _prepare_state(self) -> Path:
+        # Below a file that is no folder nothing can be written, by nobody.
+        root = Path(os.devnull) / "state"
         try:
             root = files.folder()
             files.check(root)
@@ -170,7 +172,6 @@ class Session:
                     hint='set XDG_STATE_HOME to a folder of yours, or on-failure = "report"',
                 ) from error
             log.warning("quiesce: there will be no record: %s", error)
-            return Path("/nonexistent")
         return root
 
     def _refuse_quarantined(self) -> None:

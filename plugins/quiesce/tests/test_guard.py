@@ -30,7 +30,7 @@ from qvm_quiesce.subject import Policy
 
 values, fds, state = json.loads(sys.argv[1])
 devices = [adopt(dict(each), own) for each, own in zip(values, fds)]
-policy = Policy(drain_deadline=0.1, reset_deadline=0.3, watch=0.01)
+policy = Policy(drain_deadline=0.1, reset_deadline=0.3, watch=0.1)
 guard = Guard.start("vm", [(device, attach(device), policy) for device in devices], Path(state))
 for device in devices:
     device.start()

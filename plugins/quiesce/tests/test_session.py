@@ -23,7 +23,7 @@ from qvmcore.machine import Outcome
 from qvmcore.testing.engine import ScriptedEngine, ScriptedGuest
 from qvmcore.testing.host import machine
 
-FAST: dict[str, Any] = {"drain_deadline": 0.1, "reset_deadline": 0.3, "watch": 0.01}
+FAST: dict[str, Any] = {"drain_deadline": 0.1, "reset_deadline": 0.3, "watch": 0.1}
 
 
 class SimPass(Vdev):

@@ -1,0 +1,54 @@
+"""Guests on KVM with a physical NVMe drive of the rig's machine."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from qvm_quiesce import state as files
+
+from tests.rig.inside import linux
+from tests.rig.inside.conftest import Start
+from tests.rig.inside.devices import bound, guard_s_record, until_off
+
+MOUNT = "mount -t ext4 /dev/nvme0n1 /mnt"
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where records and quarantine go."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    return files.folder()
+
+
+def drive() -> str:
+    """The drive, and who quiesces it."""
+    return linux.vdev("pass", "drive", device=f"pci:{bound('plain')}") + linux.vdev("quiesce", "quiet")
+
+
+def test_a_guest_mounts_a_file_system_on_a_passed_drive(start: Start, state: Path) -> None:
+    vm = start(f"{MOUNT} && echo of the first > /mnt/file && umount /mnt && echo written", drive())
+    assert vm.wait() == 0, vm.text
+    assert "written" in vm.text
+    assert "quiesce: QUIESCED" in vm.text
+    again = start(f"{MOUNT} && cat /mnt/file; grep -i nvme /proc/interrupts", drive())
+    assert again.wait() == 0, again.text
+    assert "of the first" in again.text
+    assert "MSI" in again.text
+
+
+def test_a_guest_killed_in_mid_write_leaves_a_drive_for_the_next_one(start: Start, state: Path) -> None:
+    write = "dd if=/dev/zero of=/mnt/big bs=64k count=100 conv=fsync 2>/dev/null"
+    vm = start(f"{MOUNT} && echo writing && while :; do {write}; done", drive())
+    vm.expect("writing\n")
+    time.sleep(2)
+    killed = time.monotonic()
+    vm.send(signal.SIGKILL)
+    print(f"death to bus mastering off: {until_off('plain', killed):.1f} ms")
+    vm.wait(60)
+    guard_s_record()
+    again = start(f"{MOUNT} && echo second > /mnt/two && sync && echo works", drive())
+    assert again.wait() == 0, again.text
+    assert "works" in again.text

@@ -28,6 +28,7 @@ from qvmcore.pci.function import PciFunction
 from qvmcore.pci.vdev import BarWindow, PciVdev
 from qvmcore.termination import Phase, TerminationCallback
 from qvmcore.types import (
+    DirectPart,
     Doorbell,
     GuestEnd,
     IntrSpec,
@@ -59,6 +60,7 @@ __all__ = [
     "ConfigWindow",
     "Controller",
     "CpuEntry",
+    "DirectPart",
     "Doorbell",
     "Engine",
     "EngineError",

@@ -229,7 +229,7 @@ class VdevSlot:
                 if serial:
                     release()
 
-        return MmioHandler(guarded_read, guarded_write, handler.doorbells)
+        return handler._replace(read=guarded_read, write=guarded_write)
 
     def interrupt_if_hung(self) -> None:
         """Raise VdevHung inside a register handler that has run for too long; called by the machine.

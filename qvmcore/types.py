@@ -82,18 +82,34 @@ class Window:
             raise ValueError(f"access sizes are 1, 2, 4 and 8, not {sorted(self.access)}")
 
 
+@dataclass(frozen=True, slots=True)
+class DirectPart:
+    """A part of a window that is memory of this process: ``size`` bytes at ``offset``, whole pages.
+
+    An engine that can maps it into the guest, whose accesses of it then come to nobody here. Whoever owns
+    the memory can take it away at any time by mapping something else over it.
+    """
+
+    offset: int
+    size: int
+    host_address: int
+
+
 class MmioHandler(NamedTuple):
     """What a window is bound to at freeze.
 
     ``read(offset, size) -> value`` and ``write(offset, size, value)``; offset in bytes from the
     start of the window, value unsigned little-endian. Both run on a vCPU thread. ``doorbells`` are
     registers with the eventfd each one signals: an engine that can will signal it without a call of
-    ``write``. A handler that wraps another one and leaves them out sees every access.
+    ``write``. ``direct`` are parts that an engine may map into the guest instead of calling ``read`` and
+    ``write``, which have to work all the same. A handler that wraps another one and leaves these out sees
+    every access.
     """
 
     read: Callable[[int, int], int]
     write: Callable[[int, int, int], None]
     doorbells: tuple[tuple[Doorbell, int], ...] = ()
+    direct: tuple[DirectPart, ...] = ()
 
 
 class Trigger(enum.Enum):

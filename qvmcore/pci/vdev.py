@@ -10,7 +10,7 @@ from qvmcore.pci.bar import Bar
 from qvmcore.pci.capability import Capability
 from qvmcore.pci.function import PciFunction
 from qvmcore.pci.interrupts import PciInterrupts
-from qvmcore.types import MmioHandler, PciId, Window
+from qvmcore.types import DirectPart, MmioHandler, PciId, Window
 from qvmcore.vdev import Vdev
 
 
@@ -18,12 +18,14 @@ from qvmcore.vdev import Vdev
 class BarWindow(Window):
     """A window that becomes a BAR of a certain kind: 64-bit (``wide``), ``prefetchable``.
 
-    ``number`` is the BAR it becomes, by default the first one behind the window before.
+    ``number`` is the BAR it becomes, by default the first one behind the window before; ``direct`` are
+    parts of it that an engine may map into the guest.
     """
 
     wide: bool = False
     prefetchable: bool = False
     number: int | None = None
+    direct: tuple[DirectPart, ...] = ()
 
 
 class PciVdev(Vdev):
@@ -46,6 +48,8 @@ class PciVdev(Vdev):
     #: MSI-X vectors, when only the instance knows how many; set by ``on_configured``. Vectors beyond the
     #: lines are signalled by ``function.interrupts.signal(vector)``: see :meth:`on_function`.
     vectors: int | None = None
+    #: Whether this instance of a class with a line has ``INTA#``; set by ``on_configured``.
+    intx: bool = True
 
     def bars(self) -> Sequence[Window]:
         """The windows of this instance, index 0 first; by default those of the class."""
@@ -83,6 +87,7 @@ def function_of(vdev: PciVdev, interrupts: PciInterrupts) -> PciFunction:
         number += 1 + wide
     if vdev.vectors is not None:
         interrupts.resize(vdev.vectors)
+    interrupts.intx &= vdev.intx
     function = PciFunction(
         vdev.pci_id,
         vdev.pci_class,
@@ -97,7 +102,9 @@ def function_of(vdev: PciVdev, interrupts: PciInterrupts) -> PciFunction:
 
 def _window_handler(vdev: PciVdev, index: int) -> MmioHandler:
     read, write = vdev.mmio_read, vdev.mmio_write
+    window = vdev.bars()[index]
     return MmioHandler(
         lambda offset, size: read(index, offset, size),
         lambda offset, size, value: write(index, offset, size, value),
+        direct=window.direct if isinstance(window, BarWindow) else (),
     )

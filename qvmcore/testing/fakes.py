@@ -367,4 +367,4 @@ def _isolated(handler: MmioHandler, ctx: FakeContext) -> MmioHandler:
         except Exception as error:
             ctx.fault(error)
 
-    return MmioHandler(read, write, handler.doorbells)
+    return handler._replace(read=read, write=write)

@@ -30,6 +30,16 @@ class Placed(Protocol):
         """Its name."""
 
 
+class Follower(Protocol):
+    """Somebody else who is told of windows."""
+
+    def add(self, placed: Placed) -> None:
+        """A window was placed."""
+
+    def remove(self, placed: Placed) -> None:
+        """A window was taken away."""
+
+
 class Doorbells:
     """Keeps the ioeventfds of a VM equal to the doorbells of the windows on its buses; any thread.
 
@@ -49,13 +59,24 @@ class Doorbells:
         """How many are registered now."""
         return len(self._registered)
 
-    def follow(self, bus: AddressSpace, *, ports: bool) -> None:
-        """Register the doorbells of every window of ``bus``, now and later.
+    def follow(self, bus: AddressSpace, *, ports: bool, also: Follower | None = None) -> None:
+        """Register the doorbells of every window of ``bus``, now and later; ``also`` is told as well.
 
         Raises ValueError when the bus has an observer already.
         """
         space = ioctls.IOEVENTFD_PIO if ports else 0
-        bus.observe(lambda placed: self._add(placed, space), lambda placed: self._remove(placed, space))
+
+        def placed(window: Placed) -> None:
+            self._add(window, space)
+            if also is not None:
+                also.add(window)
+
+        def removed(window: Placed) -> None:
+            self._remove(window, space)
+            if also is not None:
+                also.remove(window)
+
+        bus.observe(placed, removed)
 
     def close(self) -> None:
         """Register nothing any more: the VM goes away, and its ioeventfds with it."""

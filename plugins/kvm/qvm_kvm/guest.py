@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from qvm_kvm import exits, kick
 from qvm_kvm.arch import Backend
+from qvm_kvm.direct import DirectWindows
 from qvm_kvm.doorbells import Doorbells
 from qvm_kvm.ending import end_of
 from qvm_kvm.irq import Interrupts
@@ -69,6 +70,7 @@ class KvmGuest:
         self._backend = backend_class(system, config)
         self._vm = vm = Vm(system)
         self._doorbells = Doorbells(vm)
+        self._direct = DirectWindows(vm)
         self._interrupts = self._backend.prepare_vm(vm)
         vm.add_memory(config.memory)
         ports = config.ports if config.ports is not None else AddressSpace()
@@ -109,7 +111,7 @@ class KvmGuest:
             self._started = True
         self._backend.enter(self._vcpus[0].fd, entry)
         try:
-            self._doorbells.follow(self._config.bus, ports=False)
+            self._doorbells.follow(self._config.bus, ports=False, also=self._direct)
             if self._config.ports is not None:
                 self._doorbells.follow(self._config.ports, ports=True)
             hooks = Hooks(self._check, self._rare, self._failed, self._gone)
@@ -185,6 +187,8 @@ class KvmGuest:
             ],
             "doorbells": self._doorbells.count,
             "doorbells_refused": self._doorbells.refused,
+            "direct": self._direct.count,
+            "direct_refused": self._direct.refused,
             "irqfds": interrupts.irqfds if interrupts else 0,
             "msi_routes": interrupts.routes if interrupts else 0,
             "msi_slow": interrupts.slow_messages if interrupts else 0,
@@ -206,6 +210,7 @@ class KvmGuest:
             self._interrupts.close()
         if self._vm is not None:
             self._doorbells.close()
+            self._direct.close()
         for vcpu in self._vcpus:
             vcpu.close()
         if self._vm is not None:

@@ -26,6 +26,7 @@ class Vm:
         self.run_size = system.run_size
         self.fd = system.create_vm()
         self._slots: dict[int, int] = {}
+        self._direct_slots: set[int] = set()
         self._regions: list[MemoryRegion] = []
         self._logging = False
 
@@ -61,6 +62,24 @@ class Vm:
             flags |= ioctls.MEM_LOG_DIRTY_PAGES
         wanted = MemorySlot(slot, flags, region.start, region.size, region.host_address)
         ioctl_struct(self.fd, ioctls.SET_USER_MEMORY_REGION, wanted)
+
+    def add_direct(self, address: int, size: int, host_address: int) -> int:
+        """Map memory of this process that is no RAM, such as a physical BAR; its slot. Whole pages.
+
+        Not thread-safe; raises OSError.
+        """
+        slot = len(self._regions)
+        while slot in self._direct_slots:
+            slot += 1
+        wanted = MemorySlot(slot, 0, address, size, host_address)
+        ioctl_struct(self.fd, ioctls.SET_USER_MEMORY_REGION, wanted)
+        self._direct_slots.add(slot)
+        return slot
+
+    def remove_direct(self, slot: int) -> None:
+        """Take it out of the guest again. Raises OSError."""
+        ioctl_struct(self.fd, ioctls.SET_USER_MEMORY_REGION, MemorySlot(slot, 0, 0, 0, 0))
+        self._direct_slots.discard(slot)
 
     def log_dirty_pages(self, on: bool) -> None:
         """Start or stop recording which pages the guest writes. Raises EngineError."""

@@ -65,7 +65,9 @@ class Pass(PciVdev):
             )
         try:
             hardware = self._hardware = open_device(name, self.kernel)
-            self._view = view = view_of(hardware, self.options.vectors, self.on_reset)
+            self._view = view = view_of(
+                hardware, self.options.vectors, self.on_reset, direct=self.options.direct
+            )
         except VfioError as error:
             raise HostError(f"{self.ctx.name}: {error.text}", hint=error.hint) from error
         # Known before the start: a guard process gets it, and maps it as we do.
@@ -77,7 +79,7 @@ class Pass(PciVdev):
             ]
         )
         self.pci_id, self.pci_class = view.identity, view.class_code
-        self.capabilities, self.vectors = view.capabilities, view.vectors
+        self.capabilities, self.vectors, self.intx = view.capabilities, view.vectors, view.intx
         self.ctx.log.info(
             "%s: %s is %04x:%04x; the guest does not see: %s",
             self.ctx.name, name, view.identity.vendor, view.identity.device, ", ".join(view.hidden) or "-",
@@ -255,6 +257,7 @@ class Pass(PciVdev):
             "id": f"{view.identity.vendor:04x}:{view.identity.device:04x}",
             "class": f"{view.class_code:06x}",
             "vectors": view.vectors,
+            "direct": sum(part.size for bar in view.bars for part in bar.direct),
             "hidden": view.hidden,
             "reads": self._reads,
             "writes": self._writes,

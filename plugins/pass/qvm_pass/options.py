@@ -24,6 +24,13 @@ class PassOptions(msgspec.Struct, frozen=True, rename="kebab", forbid_unknown_fi
         int, msgspec.Meta(ge=1, le=MOST_VECTORS, description="at most so many MSI-X vectors are the guest's")
     ] = 32
 
+    direct: Annotated[
+        bool,
+        msgspec.Meta(
+            description="map registers into the guest, where the engine can, if the device has MSI-X"
+        ),
+    ] = True
+
     def __post_init__(self) -> None:
         if bool(self.device) == bool(self.hostdev):
             raise ValueError('write one of device and hostdev, e.g. device = "pci:0000:03:00.0"')

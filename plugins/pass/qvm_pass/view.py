@@ -14,7 +14,7 @@ from qvm_quiesce import pci
 from qvm_vfio import structs
 from qvm_vfio.hardware import VfioHardware
 
-from qvmcore.api import BarWindow, Capability, ConfigWindow, MmioHandler, PciId
+from qvmcore.api import BarWindow, Capability, ConfigWindow, DirectPart, MmioHandler, PciId
 
 _BAR_IO, _BAR_TYPE, _BAR_64, _BAR_PREFETCHABLE = 0x1, 0x6, 0x4, 0x8
 #: Bytes behind the header, and what our MSI-X capability takes of them.
@@ -48,10 +48,13 @@ class View:
     hidden: list[str] = field(default_factory=list)
 
 
-def view_of(hardware: VfioHardware, most_vectors: int, flr: Callable[[], None]) -> View:
+def view_of(
+    hardware: VfioHardware, most_vectors: int, flr: Callable[[], None], *, direct: bool = False
+) -> View:
     """Look at a function. ``flr`` is called, on a vCPU thread, when the guest asks for a reset of it.
 
-    Raises HardwareError when it does not answer.
+    ``direct``: with MSI-X, BARs may be mapped into the guest. INTx is not there for it then: we see its
+    end by the guest's accesses, which do not come to us. Raises HardwareError when it does not answer.
     """
 
     def word(offset: int, size: int = 2) -> int:
@@ -61,14 +64,16 @@ def view_of(hardware: VfioHardware, most_vectors: int, flr: Callable[[], None]) 
     irqs = hardware.device.irqs
     vectors = min(irqs.get(structs.MSIX, 0), most_vectors)
     view = View(identity, word(0x09, 1) | word(0x0A) << 8, vectors, bool(irqs.get(structs.INTX, 0)))
-    _bars(hardware, view)
+    direct = direct and vectors > 0
+    view.intx &= not direct
+    _bars(hardware, view, direct)
     _capabilities(hardware, view, flr)
     extended = pci.extended_capabilities(hardware.config_read)
     view.hidden += [_EXTENDED.get(kind, f"extended capability {kind:#x}") for kind in extended]
     return view
 
 
-def _bars(hardware: VfioHardware, view: View) -> None:
+def _bars(hardware: VfioHardware, view: View, direct: bool) -> None:
     number = 0
     while number < pci.BAR_COUNT:
         flags = hardware.config_read(pci.BAR0 + 4 * number, 4)
@@ -78,7 +83,9 @@ def _bars(hardware: VfioHardware, view: View) -> None:
             view.hidden.append(f"I/O BAR {number}")
         elif region is not None:
             prefetchable = bool(flags & _BAR_PREFETCHABLE)
-            view.bars.append(BarWindow(region.size, wide=wide, prefetchable=prefetchable, number=number))
+            parts = tuple(DirectPart(*part) for part in hardware.direct(number)) if direct else ()
+            bar = BarWindow(region.size, wide=wide, prefetchable=prefetchable, number=number, direct=parts)
+            view.bars.append(bar)
         number += 1 + wide
     if structs.ROM_REGION in hardware.device.regions:
         view.hidden.append("expansion ROM")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from typing import Any
@@ -13,7 +14,7 @@ from qvm_vfio import structs
 from qvm_vfio.fake import FakeFunction, FakeKernel
 from qvm_vfio.sysfs import PciFunction
 
-from qvmcore.api import ConfigError, HostError
+from qvmcore.api import ConfigError, DirectPart, HostError
 from qvmcore.testing.fakes import Plugged, plug
 from qvmcore.testing.pci_driver import PciDevice
 
@@ -128,6 +129,55 @@ def test_a_device_that_fails_reads_as_all_ones_and_lives_on(passed: Any) -> None
     assert not plugged.ctx.faults
 
 
+# -- registers mapped into the guest --------------------------------------------------------------------
+
+
+def parts_of(plugged: Plugged[Pass]) -> tuple[DirectPart, ...]:
+    """What the bus offers an engine of BAR 0."""
+    (mapped,) = [each for each in plugged.bus if each.base == device_of(plugged).bars[0][0]]
+    return mapped.handler.direct
+
+
+def test_whole_pages_without_the_vector_table_may_be_mapped(passed: Any) -> None:
+    """Its table is in the first page."""
+    plugged = passed()
+    (part,) = parts_of(plugged)
+    assert (part.offset, part.size) == (0x1000, 0x3000)
+    plugged.bus.write(device_of(plugged).bars[0][0] + 0x1010, 4, 0xCAFE)
+    assert ctypes.string_at(part.host_address + 0x10, 4) == b"\xfe\xca\0\0"
+    assert plugged.vdev.status()["direct"] == 0x3000
+
+
+def test_mapped_registers_are_covered_when_the_device_is_taken_away(passed: Any) -> None:
+    """Also from a guest that could not be stopped."""
+    plugged = passed()
+    (part,) = parts_of(plugged)
+    page = (ctypes.c_char * 16).from_address(part.host_address)
+    reader, writer = os.pipe()
+    assert os.write(writer, page) == 16
+    (hardware,) = plugged.vdev.hardware()
+    hardware.revoke()
+    hardware.revoke()
+    with pytest.raises(OSError, match="Bad address"):
+        os.write(writer, page)
+    for fd in (reader, writer):
+        os.close(fd)
+
+
+@pytest.mark.parametrize("how", ["option", "no MSI-X"])
+def test_a_device_with_intx_is_not_mapped(passed: Any, how: str) -> None:
+    """We see that the guest has served the line by its accesses."""
+    plugged = passed(direct=False) if how == "option" else passed(FakeFunction(vectors=0))
+    assert parts_of(plugged) == ()
+    assert device_of(plugged).read(0x3D, 1) == 1
+
+
+def test_a_mapped_device_has_no_intx(passed: Any) -> None:
+    plugged = passed()
+    assert device_of(plugged).read(0x3D, 1) == 0
+    assert host_of(plugged).kind is None
+
+
 # -- DMA -------------------------------------------------------------------------------------------------
 
 
@@ -222,7 +272,7 @@ def test_intx_holds_its_level_until_the_guest_looks_at_the_device(passed: Any) -
 
 
 def test_intx_and_msix_replace_each_other(passed: Any) -> None:
-    plugged = passed()
+    plugged = passed(direct=False)
     kernel = host_of(plugged)
     assert kernel.kind == structs.INTX
     enable_msix(plugged)

@@ -9,6 +9,7 @@ of before back: bus mastering has to be off before.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 from qvm_quiesce import pci
 from qvm_quiesce.hardware import Handover
 
-from qvm_vfio import structs, sysfs
+from qvm_vfio import direct, structs, sysfs
 from qvm_vfio.device import VfioDevice
 from qvm_vfio.errors import VfioError, failed
 from qvm_vfio.iommu import Container, Group
@@ -64,6 +65,8 @@ class VfioHardware:
         self._memory: list[Ram] = []
         self._mapped = True
         self._own_maps: list[mmap.mmap] = []
+        #: Addresses and sizes of the pages :meth:`direct` has mapped.
+        self._direct: list[tuple[int, int]] = []
         self._capabilities = pci.capabilities(device.config_read)
 
     # -- Hardware --------------------------------------------------------------------------------------
@@ -121,8 +124,13 @@ class VfioHardware:
             raise VfioError(f"{self.name} cannot be reset by {method}: the kernel offers {first}")
 
     def revoke(self) -> None:
-        """Whoever passes accesses of a guest on looks at :attr:`revoked`."""
+        """Whoever passes accesses of a guest on looks at :attr:`revoked`; what is mapped is covered."""
         self.revoked = True
+        for address, size in self._direct:
+            try:
+                self._kernel.cover(address, size)
+            except OSError as error:
+                raise failed(f"{self.name}: its registers stay mapped", error) from error
 
     def drop_interrupts(self) -> None:
         """Disconnect INTx, MSI and MSI-X."""
@@ -188,6 +196,24 @@ class VfioHardware:
                 undo.callback(self._container.unmap_dma, each.iova, each.size)
             undo.pop_all()
         self._mapped = True
+
+    def direct(self, bar: int) -> list[tuple[int, int, int]]:
+        """Map the whole pages of a BAR that hold neither vector table nor pending bits of MSI-X.
+
+        (offset, size, address in this process) of each run of pages; none where the kernel maps nothing.
+        """
+        self._bar(bar)
+        found = []
+        for offset, size in direct.runs(self.device, bar, self._capabilities.get(pci.CAP_MSIX)):
+            try:
+                memory = self.device.map_region(bar, offset, size)
+            except VfioError:
+                continue  # this part is reached by pread and pwrite
+            self.keep_map(memory)
+            address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+            self._direct.append((address, size))
+            found.append((offset, size, address))
+        return found
 
     def connect(self, kind: int, count: int) -> tuple[int, ...]:
         """Switch interrupts on: INTX, MSI or MSIX of structs; eventfds in their order."""

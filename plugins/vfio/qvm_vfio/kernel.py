@@ -8,6 +8,7 @@ import mmap
 import os
 from pathlib import Path
 
+_MAP_FIXED = 0x10
 Argument = int | bytearray | ctypes.Structure
 
 
@@ -44,6 +45,16 @@ class Kernel:
     def mmap(self, fd: int, size: int, offset: int) -> mmap.mmap:
         """A part of a region as memory."""
         return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
+
+    def cover(self, address: int, size: int) -> None:
+        """Put nothing in the place of mapped pages: whoever touches them from now on has an error."""
+        fixed = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        if libc.mmap(address, size, 0, fixed, -1, 0) != address:
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error))
 
     def write_sysfs(self, path: Path, text: str) -> None:
         """Tell a driver or a device something."""

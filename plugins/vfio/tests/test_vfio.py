@@ -241,6 +241,37 @@ def test_a_bar_as_memory(hardware: VfioHardware) -> None:
         hardware.device.map_region(5)
 
 
+@pytest.mark.parametrize(
+    ("table", "pending", "expected"),
+    [
+        (0x0000, 0x0000, [(0x1000, 0x3000)]),
+        (0x2000, 0x3000, [(0, 0x2000)]),
+        (0x1000, 0x3000, [(0, 0x1000), (0x2000, 0x1000)]),
+        (0x3800, 0x0FF8, [(0x1000, 0x2000)]),
+        (0x1003, 0x2003, [(0, 0x4000)]),
+        (0x9000_0000, 0x0000, [(0x1000, 0x3000)]),
+    ],
+    ids=["together", "at the end", "apart", "in the middle of pages", "in another BAR", "behind the BAR"],
+)
+def test_what_a_guest_may_reach_by_itself_leaves_msix_out(
+    hardware: VfioHardware, table: int, pending: int, expected: list[tuple[int, int]]
+) -> None:
+    kernel = kernel_of(hardware)
+    kernel.poke(
+        NAME, structs.CONFIG_REGION, 0x64, table.to_bytes(4, "little") + pending.to_bytes(4, "little")
+    )
+    assert [(offset, size) for offset, size, _ in hardware.direct(0)] == expected
+
+
+def test_a_bar_smaller_than_a_page_or_not_mappable_is_not_mapped(host: Host) -> None:
+    kernel = host(FakeFunction(bars={0: (0x800, 0), 1: (0x1000, 0)}))
+    hardware = open_device(NAME, kernel)
+    assert hardware.direct(0) == []
+    hardware.device.regions[1] = hardware.device.regions[1]._replace(flags=0)
+    assert hardware.direct(1) == []
+    hardware.close()
+
+
 def test_interrupts_come_to_eventfds_and_are_counted(hardware: VfioHardware) -> None:
     kernel = kernel_of(hardware)
     fds = hardware.connect(structs.MSIX, 3)

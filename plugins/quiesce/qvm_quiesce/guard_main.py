@@ -34,6 +34,8 @@ _IGNORED = (
 
 #: Seconds between two looks whether a VM that was killed lingers.
 LINGER_PERIOD = 1.0
+#: Seconds after which a thread that computes lets another one run.
+SWITCH_INTERVAL = 0.0005
 _SIGKILL_BIT = 1 << signal.SIGKILL - 1
 
 Guarded = tuple[Hardware, AttachRecord, Policy]
@@ -46,6 +48,8 @@ def main(fd: int) -> None:
     # The thread that started this may have blocked some: a keeper has to hear SIGTERM.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.chdir("/")
+    # Threads that wait for devices take turns quickly, as in the VM.
+    sys.setswitchinterval(SWITCH_INTERVAL)
     _stay_alive()
     channel = socket.socket(fileno=fd)
     try:

@@ -14,7 +14,7 @@ from qvm_vfio import structs
 from qvm_vfio.fake import FakeFunction, FakeKernel
 from qvm_vfio.sysfs import PciFunction
 
-from qvmcore.api import ConfigError, DirectPart, HostError
+from qvmcore.api import ConfigError, DirectPart, HostError, MemorySpec
 from qvmcore.testing.fakes import Plugged, plug
 from qvmcore.testing.pci_driver import PciDevice
 
@@ -96,6 +96,20 @@ def test_a_vendor_s_capability_is_shown_read_only(passed: Any) -> None:
 
 #: Whose writes have consequences, each with a test of its own: command, MSI-X control, FLR.
 CONSEQUENT = {pci.COMMAND, MSIX_AT, 0x5C}
+
+
+def test_a_capability_is_not_shown_because_it_looks_like_a_vendor_s(passed: Any) -> None:
+    function = FakeFunction()
+    original = function.config
+
+    def with_length() -> bytes:
+        space = bytearray(original())
+        space[0xB2] = space[0x4A] = 8
+        return bytes(space)
+
+    function.config = with_length  # type: ignore[method-assign]
+    kinds = [kind for _, kind in device_of(passed(function)).capabilities()]
+    assert kinds == [pci.CAP_MSIX, pci.CAP_PM, pci.CAP_EXPRESS]
 
 
 @pytest.mark.parametrize("offset", sorted(set(range(0, 0x100, 4)) - CONSEQUENT))
@@ -205,6 +219,15 @@ def test_all_of_the_guest_s_memory_is_mapped_where_the_guest_has_it(passed: Any)
     region = plugged.memory.regions[0]
     assert kernel.mappings == {region.start: (region.size, region.host_address)}
     assert not kernel.dma(NAME, region.end, b"outside")
+
+
+def test_rom_is_not_the_device_s(host: Any) -> None:
+    kernel = host()
+    specs = (MemorySpec(0x8000_0000, 1 << 20), MemorySpec(0x9000_0000, 1 << 16, rom=True))
+    with plug(Pass, {"device": NAME}, ram=specs) as plugged:
+        assert list(kernel.mappings) == [0x8000_0000]
+        (hardware,) = plugged.vdev.hardware()
+        assert [view.nbytes for view in hardware.memory()] == [1 << 20]
 
 
 def test_the_end_gives_everything_back(passed: Any) -> None:

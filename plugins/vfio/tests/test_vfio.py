@@ -168,6 +168,14 @@ def test_memory_is_mapped_whole_or_not_at_all(host: Host, ram: Ram) -> None:
     hardware.close()
 
 
+def test_another_version_of_vfio(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = host()
+    monkeypatch.setattr(kernel, "_get_api_version", lambda fd, argument: 1)
+    with pytest.raises(VfioError, match="has version 1, not 0"):
+        open_device(NAME, kernel)
+    assert not kernel.open_fds
+
+
 # -- the command ---------------------------------------------------------------------------------------
 
 
@@ -294,6 +302,25 @@ def test_only_one_kind_of_interrupt_at_a_time(hardware: VfioHardware) -> None:
     assert kernel.fire(structs.MSIX)
     with pytest.raises(VfioError, match="has 4 interrupts of kind 2, not 5"):
         hardware.connect(structs.MSIX, 5)
+
+
+def test_a_host_with_too_few_interrupts_says_how_many(
+    hardware: VfioHardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel answers with the number it could have given."""
+    monkeypatch.setattr(kernel_of(hardware), "_device_set_irqs", lambda fd, body: 2)
+    with pytest.raises(VfioError, match="has 2 interrupts left, 4 are needed"):
+        hardware.connect(structs.MSIX, 4)
+
+
+def test_conventional_pci_has_no_extended_space(hardware: VfioHardware) -> None:
+    """The kernel's region ends behind 256 bytes; on the bus nobody answers there."""
+    region = hardware.device.regions[structs.CONFIG_REGION]
+    hardware.device.regions[structs.CONFIG_REGION] = region._replace(size=256)
+    assert hardware.config_read(0x100, 4) == 0xFFFF_FFFF
+    assert pci.extended_capabilities(hardware.config_read) == {}
+    with pytest.raises(VfioError, match="no 4 bytes"):
+        hardware.config_read(0xFE, 4)
 
 
 def test_intx_comes_again_only_after_it_was_unmasked(hardware: VfioHardware) -> None:

@@ -143,16 +143,24 @@ class Owner:
     """A process that owns devices and keeps them at work; started, and heard to be at work, when made.
 
     ``guard``: where its guard keeps its state, or None for no guard. ``share``: the descriptors of the
-    devices, and nothing else, come to us as ``fds``, so that somebody else holds them.
+    devices, and nothing else, come to us as ``fds``, so that somebody else holds them. ``ballast``: MiB of
+    other memory that the kernel has to free before the process is gone, as a guest's is.
     """
 
-    def __init__(self, kinds: Sequence[str], *, guard: Path | None = None, share: bool = False) -> None:
+    def __init__(
+        self, kinds: Sequence[str], *, guard: Path | None = None, share: bool = False, ballast: int = 0
+    ) -> None:
         self.names = {kind: bound(kind) for kind in kinds}
         self.memory = {kind: Memory() for kind in kinds}
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         rams = {kind: each.fd for kind, each in self.memory.items()}
-        brief = {"names": self.names, "rams": rams, "channel": theirs.fileno(), "share": share}
-        brief["guard"] = str(guard) if guard else ""
+        brief: dict[str, Any] = {
+            "names": self.names,
+            "rams": rams,
+            "channel": theirs.fileno(),
+            "share": share,
+        }
+        brief |= {"guard": str(guard) if guard else "", "ballast": ballast}
         self.process = subprocess.Popen(
             [sys.executable, __file__, json.dumps(brief)], pass_fds=[*rams.values(), theirs.fileno()]
         )
@@ -186,6 +194,8 @@ def own(brief: dict[str, Any]) -> None:
         watched = [(each.hardware, each.record, POLICY) for each in taken]
         # Kept: for the guard, the end of its socket is the end of this process.
         guard = Guard.start("rig", watched, Path(brief["guard"]))
+    ballast = bytearray(brief["ballast"] << 20)
+    ballast[::4096] = b"b" * len(ballast[::4096])
     for each in taken:
         each.start()
     until_all_write(taken)

@@ -119,6 +119,23 @@ def test_a_guard_stops_the_devices_of_an_owner_that_ended(
     print("slowest of each step, ms:", *(f"{step} {seconds * 1e3:.0f}" for step, seconds in slowest.items()))
 
 
+def test_a_guard_acts_however_much_memory_its_owner_had(owner: Any, tmp_path: Path) -> None:
+    """The kernel frees it before it closes the dead process's files; the figure tells what that costs."""
+    for ballast in (0, 512):
+        took = []
+        for run in range(RUNS):
+            them = owner(["e1000e"], guard=tmp_path / f"{ballast}-{run}", ballast=ballast)
+            began = time.perf_counter()
+            them.process.kill()
+            took.append(mastering_ends(them, began)["e1000e"] * 1e3)
+            them.process.wait()
+            body = recorded(tmp_path / f"{ballast}-{run}")
+            assert (body["by"], body["verdict"]) == ("guard", "QUIESCED"), told(body)
+            wait_for(partial(gone, them.guard), "the end of the guard")
+        shown = f"median {statistics.median(took):.1f}, worst {max(took):.1f} ms"
+        print(f"SIGKILL of an owner with {ballast} MiB: to bus mastering off: {shown}")
+
+
 def test_a_guard_killed_with_its_owner_leaves_it_to_the_kernel(owner: Any, tmp_path: Path) -> None:
     """The last line: no record, but bus mastering is off when the last of them is gone."""
     them = owner(KINDS, guard=tmp_path)

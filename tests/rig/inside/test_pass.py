@@ -48,6 +48,19 @@ def test_its_registers_are_mapped_into_the_guest(start: Start, state: Path) -> N
     assert counts[False] > 4000
 
 
+@pytest.mark.parametrize("direct", [True, False])
+def test_the_guest_resets_the_drive_and_goes_on_with_it(start: Start, state: Path, direct: bool) -> None:
+    """A function level reset under the driver's feet, as the guest's sysfs does it; two CPUs."""
+    place = "/sys/block/nvme0n1/device/device"
+    read = "dd if=/dev/nvme0n1 of=/dev/null bs=64k count=50 iflag=direct 2>/dev/null"
+    script = f"{read} && cat {place}/reset_method && echo 1 > {place}/reset && {read} && echo still there"
+    vm = start(script, drive(direct=direct), cpus=2)
+    assert vm.wait() == 0, vm.text
+    assert "flr" in vm.text
+    assert "still there" in vm.text
+    assert "quiesce: QUIESCED" in vm.text
+
+
 def test_a_guest_mounts_a_file_system_on_a_passed_drive(start: Start, state: Path) -> None:
     vm = start(f"{MOUNT} && echo of the first > /mnt/file && umount /mnt && echo written", drive())
     assert vm.wait() == 0, vm.text

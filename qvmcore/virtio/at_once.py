@@ -9,7 +9,7 @@ worker serves the queue for a while: the guest is not at the mercy of a slow dis
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from qvmcore.errors import GuestError
 from qvmcore.virtio.queue import Virtqueue
@@ -24,21 +24,22 @@ REST = 20.0
 
 def visitor(
     index: int,
-    queues: Sequence[Virtqueue | None],
+    queue_of: Callable[[int], Virtqueue | None],
     serve_now: Callable[[int, Virtqueue], bool],
     needs_reset: Callable[[BaseException], None],
 ) -> Callable[[], bool]:
     """What a notification of queue ``index`` does as the worker's visitor (``Worker.visit``).
 
-    It gives False when the worker has to serve the queue, or the rest of it.
+    It gives False when the worker has to serve the queue, or the rest of it. ``queue_of`` gives None
+    for a queue that is not to be served now.
     """
     now = time.monotonic
     rest_until = 0.0
 
     def serve() -> bool:
         nonlocal rest_until
-        queue = queues[index]
-        if queue is None or queue.dead:
+        queue = queue_of(index)
+        if queue is None:
             return True
         began = now()
         if began < rest_until:

@@ -387,7 +387,7 @@ class VirtioState:
         doorbell = self._doorbells[index]
         self._vdev.ctx.worker.watch(doorbell.fd, self._server(index))
         if self._serves_now and self._transport_features >> spec.VIRTIO_F_NOTIFICATION_DATA & 1:
-            self._at_once[index] = visitor(index, self._queues, self._vdev.serve_now, self.needs_reset)
+            self._at_once[index] = visitor(index, self.queue, self._vdev.serve_now, self.needs_reset)
         # Buffers offered before this came without a notification.
         doorbell.signal()
 
@@ -416,7 +416,6 @@ class VirtioState:
 
     def _silence(self) -> None:
         self._kill_queues()
-        self._at_once = {}  # they know the queues
         if self._activated:
             for doorbell in self._doorbells:
                 self._vdev.ctx.worker.unwatch(doorbell.fd)

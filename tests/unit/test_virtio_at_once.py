@@ -282,14 +282,6 @@ def test_the_end_tells_of_a_vcpu_that_may_still_use_memory(
     assert len(echo.vdev.served) == 1
 
 
-def test_after_the_end_nothing_holds_the_queues(echo: Plugged[QuickEcho], driver: VirtioDriver) -> None:
-    """Their views of guest memory would keep it mapped."""
-    driver.queues[0].submit([b"ping"], [4])
-    assert echo.vdev.virtio._at_once
-    echo.terminate()
-    assert not echo.vdev.virtio._at_once
-
-
 class Endless(QuickEcho):
     """Comes back from no notification."""
 

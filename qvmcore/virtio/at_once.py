@@ -3,15 +3,17 @@
 Where a notification is a call on a vCPU thread, waking the worker costs two changes of threads, and
 the guest goes idle meanwhile; for short work that is more than the work. The device says by
 ``serve_now`` that it can, and leaves to the worker what would wait. Should it wait after all, the
-worker serves the queue for a while: the guest is not at the mercy of a slow disk.
+worker serves the queue for a while: the guest is not at the mercy of a slow disk. And should it hang,
+it is interrupted as every register handler is, and the queue is the worker's until the next reset.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
-from qvmcore.errors import GuestError
+from qvmcore.errors import GuestError, VdevHung
 from qvmcore.virtio.queue import Virtqueue
 
 #: Chains served at one notification; the worker takes what is left, beside the running guest.
@@ -50,10 +52,14 @@ def visitor(
         except GuestError as error:
             needs_reset(error)
             return True
+        except VdevHung:
+            # No fault of the device: it may have sat in one system call, and has come back by now.
+            rest_until = math.inf
+            return False
         finally:
             queue.notify()
             took = now() - began
             if took > PATIENCE:
-                rest_until = began + REST * took
+                rest_until = max(rest_until, began + REST * took)
 
     return serve

@@ -98,7 +98,8 @@ class VirtioVdev(Vdev):
         Called instead of :meth:`handle_queue` while the worker is idle, by engines whose notifications
         are calls: for short work the way to the worker and back takes longer than the work. What would
         wait is left in the queue (``queue.unpop``) and False given: the worker's handle_queue then
-        gets it. No callback of the worker runs meanwhile. The guest stands still until this returns.
+        gets it. No callback of the worker runs meanwhile. The guest stands still until this returns, and
+        after some seconds it is interrupted by an exception: give the chain back then, too.
         """
         return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import threading
 import time
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qvmcore.errors import GuestError
-from qvmcore.slot import VdevHung, VdevSlot
+from qvmcore.slot import VdevSlot
 from qvmcore.termination import Phase, TerminationPlan
 from qvmcore.testing.driver import MmioDriver, VirtioDriver
 from qvmcore.testing.fakes import Plugged, default_transport, plug
@@ -283,32 +284,60 @@ def test_the_end_tells_of_a_vcpu_that_may_still_use_memory(
 
 
 class Endless(QuickEcho):
-    """Comes back from no notification."""
+    """Does not come back from a notification, with a chain in its hands."""
 
     vdev_type = "endless"
 
     def serve_now(self, index: int, queue: Virtqueue) -> bool:
+        for chain in queue:
+            try:
+                self.hang()
+            finally:
+                queue.unpop(chain)
+        return True
+
+    def hang(self) -> None:
         while True:
             time.sleep(0.005)
 
 
-def test_a_hang_is_interrupted_and_isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Blocked(Endless):
+    """Comes back late: nothing can interrupt a system call."""
+
+    vdev_type = "blocked"
+
+    def hang(self) -> None:
+        select.select([], [], [], 0.5)
+
+
+@pytest.mark.parametrize("kind", [Endless, Blocked])
+def test_a_hang_is_interrupted_and_the_queue_left_to_the_worker(
+    kind: type[Endless], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr("qvmcore.slot.HANDLER_PATIENCE", 0.05)
-    with plug(Endless) as device:
+    with plug(kind) as device:
         slot = VdevSlot(_spec(tmp_path), Endless, TerminationPlan(), _nothing, _nothing)
         slot.adopt(device.vdev)
         driver = MmioDriver.of(device)
         driver.start()
         device.settle()
         guarded = slot.guard(MmioHandler(device.read, lambda offset, size, value: _notify(device)))
+        first = driver.queues[0].add([b"ping"], [4])
+        driver.queues[0].publish()
         vcpu = in_background(lambda: guarded.write(0, 4, 0))
         deadline = time.monotonic() + 10
         while vcpu.is_alive() and time.monotonic() < deadline:
             slot.interrupt_if_hung()
             vcpu.join(0.05)
         assert not vcpu.is_alive()
-        assert slot.faulted.startswith(VdevHung.__name__)
-        assert device.ctx.worker.visit(lambda: True), "the turn was given back"
+        second = driver.queues[0].submit([b"pong"], [4])
+        device.settle()
+        assert driver.queues[0].reap() == [first, second]
+        assert [first.result(), second.result()] == [b"ping", b"pong"]
+        assert slot.faulted == ""
+        assert device.ctx.faults == []
+        assert set(device.vdev.served) == {device.ctx.worker.ident}
+        assert "a register handler runs for" in caplog.text
 
 
 def _notify(device: Plugged[Endless]) -> None:

@@ -215,6 +215,9 @@ class VirtioBlk(VirtioVdev):
                     done = 1
             except (RequestError, OSError):
                 pass  # the worker meets it again, and says so
+            except BaseException:
+                queue.unpop(chain)
+                raise
             if not done:
                 queue.unpop(chain)
                 return False

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from qvm_virtio_blk.backend import FileBackend
 from qvm_virtio_blk.device import VirtioBlk
 from qvm_virtio_blk.testing import DISCARD, FLUSH, GET_ID, IN, IOERR, OK, OUT, Guest, Start, header, segment
 
@@ -171,3 +172,28 @@ def test_the_order_is_kept_when_the_worker_takes_over(
     assert queue.reap() == requests
     assert requests[2].result() == b"new!" * 128 + b"\0"
     assert left == [2]
+
+
+def test_a_request_that_is_interrupted_is_given_back(
+    disk: Disk, start: Start, left: list[int], nowait: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(Exception):
+        pass
+
+    def hung(*_: object) -> bool:
+        raise Interrupted
+
+    monkeypatch.setattr(FileBackend, "write_now", hung)
+    guest = begin(disk(), start)
+    ring, vdev = guest.driver.queues[0], guest.device.vdev
+    request = ring.add([header(OUT, 5), b"new!" * 128], [1])
+    ring.publish()
+    queue = vdev.virtio.queue(0)
+    assert queue is not None
+    with pytest.raises(Interrupted):
+        vdev.serve_now(0, queue)
+    vdev.virtio.kick(0)
+    guest.device.settle()
+    assert ring.reap() == [request]
+    assert request.result() == bytes([OK])
+    assert left == [1]

@@ -1,7 +1,8 @@
 """Where the bytes of a disk are: a host file, a block device, or memory. Knows no virtio.
 
 ``read`` and ``write`` move bytes between the disk and views of guest memory without a copy in
-between. Thread: the device's worker; ``flush`` and ``close`` also the thread of the VM's end.
+between. Thread: the device's worker, and a vCPU as its visitor for ``read_now`` and ``write_now``;
+``flush`` and ``close`` also the thread of the VM's end.
 """
 
 from __future__ import annotations

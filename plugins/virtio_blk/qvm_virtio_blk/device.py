@@ -211,8 +211,11 @@ class VirtioBlk(VirtioVdev):
                 if kind == spec.T_IN:
                     if backend.read_now(offset, length, views):
                         done = length + 1
+                        stats.reads += 1
+                        stats.bytes_read += length
                 elif kind == spec.T_OUT and may_write and backend.write_now(offset, length, views):
                     done = 1
+                    stats.count(kind, length)
             except (RequestError, OSError):
                 pass  # the worker meets it again, and says so
             except BaseException:
@@ -222,7 +225,6 @@ class VirtioBlk(VirtioVdev):
                 queue.unpop(chain)
                 return False
             answer(queue, chain, spec.S_OK, done)
-            stats.count(kind, length)
         return True
 
     def _serve(self, backend: Backend, request: Request) -> int:

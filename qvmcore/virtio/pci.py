@@ -142,7 +142,7 @@ class PciTransport:
         if odd:
             return
         if size == 2:
-            self._state.kick(index)
+            self._state.notify_queue(index)
         elif size == 4:
             self._state.notify(value & ~0xFFFF | index)
 

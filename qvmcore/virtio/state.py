@@ -142,15 +142,16 @@ class VirtioState:
 
     # ---- for transports: set-up -----------------------------------------------------------
 
-    def attach(self, transport: Transport, features: int = 0) -> None:
+    def attach(self, transport: Transport, features: int = 0, *, fast_doorbells: bool = False) -> None:
         """Connect the one transport, before the guest starts; allocates the doorbells.
 
         ``features`` are those the transport adds to the offer: NOTIFICATION_DATA when it passes
-        all 32 bits of a notification to :meth:`notify`. Each one then is a call of it on a vCPU
-        thread, and the device may serve a queue there and then.
+        all 32 bits of a notification to :meth:`notify`. ``fast_doorbells``: a notification signals a
+        doorbell instead of being a call on a vCPU thread, where the device may serve the queue at once.
         """
         self._transport = transport
         self._transport_features = features
+        self._serves_now &= not fast_doorbells
         self._doorbells = tuple(EventFd() for _ in self._setups)
         ctx = self._vdev.ctx
         ctx.on_terminate(self._stop_dma, phase=Phase.STOP_DMA, deadline=QUIESCE_TIMEOUT + 1.0)
@@ -408,7 +409,7 @@ class VirtioState:
         """Have the worker listen to a queue."""
         doorbell = self._doorbells[index]
         self._vdev.ctx.worker.watch(doorbell.fd, self._server(index))
-        if self._serves_now and self._transport_features >> spec.VIRTIO_F_NOTIFICATION_DATA & 1:
+        if self._serves_now:
             self._at_once[index] = visitor(index, self.queue, self._vdev.serve_now, self.needs_reset)
         # Buffers offered before this came without a notification.
         doorbell.signal()

@@ -105,15 +105,15 @@ def test_a_device_without_serve_now_has_its_worker() -> None:
         device.vdev.gate.set()
 
 
-def test_with_doorbells_of_the_engine_nothing_is_served_at_a_call(echo: Plugged[QuickEcho]) -> None:
-    # As a transport says whose notifications are signalled by the engine.
-    echo.vdev.virtio._transport_features = 0
-    driver = echo.driver()
-    driver.start()
-    echo.settle()
-    driver.queues[0].submit([b"ping"], [4])
-    echo.settle()
-    assert echo.vdev.served == [echo.ctx.worker.ident]
+@pytest.mark.parametrize("transport", ["mmio", "pci"])
+def test_with_doorbells_of_the_engine_nothing_is_served_at_a_call(transport: str) -> None:
+    with plug(QuickEcho, transport=transport, fast_doorbells=True) as device:
+        driver = device.driver()
+        driver.start()
+        device.settle()
+        driver.queues[0].submit([b"ping"], [4])
+        device.settle()
+        assert device.vdev.served == [device.ctx.worker.ident]
 
 
 def test_a_busy_worker_is_not_disturbed(echo: Plugged[QuickEcho], driver: VirtioDriver) -> None:

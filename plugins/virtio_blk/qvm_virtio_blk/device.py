@@ -24,7 +24,8 @@ from qvm_virtio_blk.session import Session, answer, fill, reason
 from qvm_virtio_blk.stats import Stats
 from qvmcore.api import GuestEnd, Phase, VdevContext, VirtioVdev, Virtqueue
 
-QUEUE_SIZE = 256
+#: A chain is not longer than its queue (2.7.5.3.1): one request holds a MiB of single pages.
+QUEUE_SIZE = 512
 #: Data segments of a request: the queue without the header's and the status's descriptor.
 SEG_MAX = QUEUE_SIZE - 2
 #: Seconds the last flush may take: the host may have gigabytes of dirty pages for a slow disk.

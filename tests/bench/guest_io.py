@@ -87,8 +87,8 @@ WORK = {
 SCRIPT = "".join(
     [
         *(
-            f"echo {base64.b64encode(program(code)).decode()} | base64 -d > /tmp/{name}; chmod +x /tmp/{name}\n"
-            for name, code in (("random", CODE), ("blocks", BLOCKS))
+            f"echo {base64.b64encode(program(code)).decode()} | base64 -d > {path}; chmod +x {path}\n"
+            for path, code in (("/tmp/random", CODE), ("/tmp/blocks", BLOCKS))
         ),
         *(
             f"echo bench-start-{name}-; {command} 2>/dev/null && echo bench-end-{name}-\n"

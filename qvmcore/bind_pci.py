@@ -77,7 +77,7 @@ class PciBinding:
             if isinstance(vdev, PciVdev):
                 return function_of(vdev, self._own.interrupts[id(vdev)])
             assert isinstance(vdev, VirtioVdev)
-            function = PciTransport(vdev).function
+            function = PciTransport(vdev, fast_doorbells=self._own.fast_doorbells).function
         except ValueError as error:
             raise PluginError(f"{slot.spec.where}: {error}") from error
         # A device that fails lets its interrupt fall, as every vdev does.

@@ -98,3 +98,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """The hint ``did you mean 'x'?`` for a misspelt name, or an empty string."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"did you mean {match[0]!r}?" if match else ""
+
+
+class VdevHung(Exception):
+    """Raised by the framework inside a register handler that runs for too long; not by a plugin."""

@@ -59,8 +59,9 @@ class Worker:
     """One named daemon thread running an event loop.
 
     ``on_error(exception)`` is called on the worker thread when a callback raises; the loop then
-    goes on, unless the owner stops it. Callbacks hold ``serial`` while they run. All methods may be
-    called from any thread.
+    goes on, unless the owner stops it. Callbacks hold ``serial`` while they run. Never more than one
+    of them runs, what a visitor brings to :meth:`visit` included. All methods may be called from any
+    thread.
     """
 
     def __init__(
@@ -72,6 +73,8 @@ class Worker:
         self.name = name
         self._on_error = on_error
         self._serial = nullcontext() if serial is None else serial
+        self._turn = threading.Lock()  # held by whoever runs a callback; taken before ``serial``
+        self._visitor: int | None = None
         self._wake = EventFd()
         self._epoll = select.epoll()
         self._epoll.register(self._wake.fd, select.EPOLLIN)
@@ -130,6 +133,31 @@ class Worker:
         self._wake.signal()
         self._start()
 
+    def visit(self, function: Callable[[], bool]) -> bool:
+        """Run ``function`` on the calling thread, if the worker is idle, and give what it returns.
+
+        False, without a call, when the worker is busy, has calls to make, or does not run. It spares
+        two changes of threads where the work is shorter than these. What ``function`` raises reaches
+        the caller, and ``serial`` is not taken.
+        """
+        if self._calls or self._thread is None or not self._turn.acquire(blocking=False):
+            return False
+        try:
+            self._visitor = threading.get_ident()
+            return not self._stop and function()
+        finally:
+            self._visitor = None
+            self._turn.release()
+
+    def without_visitor(self, timeout: float) -> bool:
+        """Wait at most ``timeout`` seconds for a visitor, or a callback, to be gone; False when it stays."""
+        if self._visitor == threading.get_ident():
+            return True
+        if not self._turn.acquire(timeout=max(0.0, timeout)):
+            return False
+        self._turn.release()
+        return True
+
     @property
     def alive(self) -> bool:
         """Whether the thread runs."""
@@ -137,23 +165,24 @@ class Worker:
 
     @property
     def ident(self) -> int | None:
-        """Thread identifier, for stack dumps of a worker that hangs."""
-        return self._thread.ident if self._thread is not None else None
+        """The thread that runs the callbacks, its own or a visitor's; for stack dumps when it hangs."""
+        return self._visitor or (self._thread.ident if self._thread is not None else None)
 
     def stop(self, timeout: float) -> bool:
-        """Ask the loop to end and wait at most ``timeout`` seconds; False when it still runs.
+        """Ask the loop to end and wait at most ``timeout`` seconds; False when it, or a visitor, still runs.
 
-        Called from the worker itself it only asks. Idempotent.
+        Called from a callback it only asks. Idempotent.
         """
         self._stop = True
         self._wake.signal()
         thread = self._thread
-        if thread is None or thread is threading.current_thread():
+        if thread is None or threading.get_ident() == self.ident:
             if thread is None:
                 self._close()
             return True
+        deadline = time.monotonic() + timeout
         thread.join(timeout)
-        return not thread.is_alive()
+        return not thread.is_alive() and self.without_visitor(deadline - time.monotonic())
 
     def _start(self) -> None:
         with self._lock:
@@ -165,11 +194,12 @@ class Worker:
         try:
             while not self._stop:
                 for fd, events in self._epoll.poll(self._timeout()):
-                    if self._stop:
-                        break
                     if fd == self._wake.fd:
                         self._wake.drain()
-                    else:
+                        continue
+                    with self._turn:
+                        if self._stop:
+                            break
                         self._dispatch(fd, events)
                 if not self._stop:
                     self._run_calls()
@@ -183,6 +213,7 @@ class Worker:
             return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
 
     def _dispatch(self, fd: int, events: int) -> None:
+        # Looked up with the turn: a visitor may have been the one to end the watch.
         readable, writable = self._watched.get(fd, (None, None))
         failed = events & (select.EPOLLHUP | select.EPOLLERR)
         if readable is not None and (events & select.EPOLLIN or failed):
@@ -197,9 +228,10 @@ class Worker:
             while self._timers and self._timers[0][0] <= now:
                 calls.append(self._timers.pop(0)[1])
         for call in calls:
-            if self._stop:
-                break
-            self._guarded(call)
+            with self._turn:
+                if self._stop:
+                    break
+                self._guarded(call)
 
     def _guarded(self, function: Callable[[], None]) -> None:
         try:

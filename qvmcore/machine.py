@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import queue
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from qvmcore.bind import DefaultBindings, bind_irqs, bind_windows
 from qvmcore.bind_pci import PciBinding
 from qvmcore.boards import Board, DescribedVdev
 from qvmcore.bus import AddressSpace
+from qvmcore.button import press_button
 from qvmcore.choose import choose_engine
 from qvmcore.control import ControlServer
 from qvmcore.dump import write_dump
@@ -39,8 +39,6 @@ log = logging.getLogger("qvm")
 
 #: Seconds the vCPUs get to stop before the plan goes on without them.
 VCPU_STOP_TIMEOUT = 2.0
-#: Seconds all on_button() methods together may take.
-BUTTON_TIMEOUT = 1.0
 #: Seconds after which a thread that computes lets another one run.
 SWITCH_INTERVAL = 0.0005
 #: Seconds between two looks for hung register handlers.
@@ -247,7 +245,7 @@ class Machine:
                 self._dump()
             elif deadline is not None:
                 return GuestEnd(Reason.POWER_CUT, f"power cut by a second {event}")
-            elif self._button():
+            elif press_button(self.slots):
                 log.info(
                     "%s: asked the guest to power off; cutting the power in %g s, or on a second request",
                     event,
@@ -257,22 +255,6 @@ class Machine:
                 deadline = time.monotonic() + self.spec.shutdown_timeout
             else:
                 return GuestEnd(Reason.POWER_CUT, f"{event}: no vdev can tell the guest; power cut")
-
-    def _button(self) -> bool:
-        told: list[str] = []
-        threads = []
-        for slot in self.slots:
-            if slot.faulted:
-                continue
-            thread = threading.Thread(
-                target=_press, args=(slot, told), name=f"button-{slot.name}", daemon=True
-            )
-            thread.start()
-            threads.append(thread)
-        deadline = time.monotonic() + BUTTON_TIMEOUT
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        return bool(told)
 
     def _dump(self) -> None:
         guest = self._guest
@@ -308,14 +290,6 @@ class Machine:
                 # With a thread or a device still inside guest memory it stays until the process ends.
                 self._memory.close()
         return stopped, steps
-
-
-def _press(slot: VdevSlot, told: list[str]) -> None:
-    try:
-        if slot.vdev.on_button():
-            told.append(slot.name)
-    except Exception as error:
-        slot.fault(error)
 
 
 def _stop(guest: Guest) -> bool:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from qvmcore.bus import all_ones
-from qvmcore.errors import GuestError, PluginError, QvmError
+from qvmcore.errors import GuestError, PluginError, QvmError, VdevHung
 from qvmcore.events import Worker, stack_of
 from qvmcore.irq import IrqLine, NullIrq
 from qvmcore.memory import GuestMemory
@@ -44,10 +44,6 @@ END_DEADLINE = 2.0
 
 #: What the exit codes below 32 that a vdev may choose mean.
 _VDEV_ENDS = {0: Reason.GUEST_SHUTDOWN, 3: Reason.POWER_CUT, 6: Reason.VDEV_FATAL}
-
-
-class VdevHung(Exception):
-    """Raised inside a register handler that exceeded HANDLER_PATIENCE."""
 
 
 class VdevSlot:

@@ -263,6 +263,7 @@ def plug(
     base_dir: Path = Path(),
     start: bool = True,
     transport: str | None = None,
+    fast_doorbells: bool = False,
     **options: object,
 ) -> Plugged[V]:
     """Create a vdev from TOML-like options, configure it, put it on a bus, and start it.
@@ -272,7 +273,8 @@ def plug(
     terminated. With ``start=False`` the vdev is configured and bound but ``on_starting`` was not
     called. Faults are recorded in ``.ctx.faults`` and, as in a machine, reads then give all ones.
     ``transport`` is what a virtio vdev hangs on, ``mmio`` or ``pci``; by default what
-    :func:`default_transport` says, else ``mmio``.
+    :func:`default_transport` says, else ``mmio``. ``fast_doorbells`` is what an engine with ioeventfds
+    has: the transport counts on notifications that are no calls.
     """
     converted, problems = convert_options(vdev_class.Options, {**(table or {}), **options}, base_dir)
     if problems:
@@ -291,12 +293,12 @@ def plug(
     try:
         vdev.on_configured()
         if isinstance(vdev, VirtioVdev) and (transport or _transport.get()) == "pci":
-            over_pci = plugged.transport = PciTransport(vdev)
+            over_pci = plugged.transport = PciTransport(vdev, fast_doorbells=fast_doorbells)
             plugged.base = _hang(plugged, over_pci.function, STRUCTURES_BAR)
         elif isinstance(vdev, PciVdev):
             plugged.base = _hang(plugged, function_of(vdev, interrupts), 0)
         else:
-            _place(plugged)
+            _place(plugged, fast_doorbells)
         bus.freeze()
         if start:
             vdev.on_starting()
@@ -320,12 +322,12 @@ def _hang(plugged: Plugged[V], function: PciFunction, first: int) -> int:
     return plugged.device.bars.get(first, (plugged.base, 0))[0]
 
 
-def _place(plugged: Plugged[V]) -> None:
+def _place(plugged: Plugged[V], fast_doorbells: bool) -> None:
     """Bind every window as the core's default binding does."""
     vdev, address = plugged.vdev, plugged.base
     for index, window in enumerate(vdev.windows):
         if isinstance(vdev, VirtioVdev):
-            plugged.transport = MmioTransport(vdev)
+            plugged.transport = MmioTransport(vdev, fast_doorbells=fast_doorbells)
             handler = plugged.transport.handler()
         else:
             handler = _own_handler(vdev, index)

@@ -9,6 +9,7 @@ framework's business. Life of a device, beyond that of every vdev (``qvmcore.vde
     refuse_features(...)   a vCPU     why a set of features cannot work (default: all can)
     on_activate(features)  a vCPU     DRIVER_OK: the queues exist from here; must return at once
     handle_queue(i, q)     worker     the driver offered buffers; also once after the activation
+    serve_now(i, q)        a vCPU     as handle_queue, where it takes no waiting; the worker is idle
     on_queue_reset(i)      a vCPU     the driver reset this queue alone: the worker is idle, its chains
                                       are void, and their memory must not be touched from here on
     on_deactivate()        a vCPU     reset or end, after an activation or a config_write: the worker
@@ -57,7 +58,8 @@ class VirtioVdev(Vdev):
 
     def __init__(self, ctx: VdevContext, options: Any) -> None:
         super().__init__(ctx, options)
-        self.virtio = VirtioState(self)
+        own = type(self).serve_now is not VirtioVdev.serve_now
+        self.virtio = VirtioState(self, serves_now=own)
 
     def device_features(self) -> int:
         """The device type's feature bits as one integer, bit n = ``1 << n``.
@@ -90,6 +92,17 @@ class VirtioVdev(Vdev):
         device.
         """
         raise NotImplementedError(f"{type(self).__name__} serves no queue")
+
+    def serve_now(self, index: int, queue: Virtqueue) -> bool:
+        """Serve the queue on the vCPU that notified, as far as that is possible without waiting.
+
+        Called instead of :meth:`handle_queue` while the worker is idle, by engines whose notifications
+        are calls: for short work the way to the worker and back takes longer than the work. What would
+        wait is left in the queue (``queue.unpop``) and False given: the worker's handle_queue then
+        gets it. No callback of the worker runs meanwhile. The guest stands still until this returns, and
+        after some seconds it is interrupted by an exception: give the chain back then, too.
+        """
+        return False
 
     def on_queue_reset(self, index: int) -> None:
         """The driver reset one queue (2.6.1), which is dead: forget the chains of it that are held.

@@ -82,6 +82,10 @@ class InOrderQueue(Virtqueue):
         """See :meth:`Virtqueue.notify`."""
         self._ring.notify()
 
+    def limit(self, chains: int) -> None:
+        """See :meth:`Virtqueue.limit`."""
+        self._ring.limit(chains)
+
     def kill(self) -> None:
         """See :meth:`Virtqueue.kill`."""
         self._ring.kill()

@@ -44,7 +44,8 @@ class MmioTransport:
         self._writes = self._write_table()
         # QueueNotify has 32 bits, so it can carry the position too (4.2.3.3); but then its value is not
         # the queue's number alone, by which a fast doorbell is told from the others.
-        self._state.attach(self, 0 if fast_doorbells else 1 << spec.VIRTIO_F_NOTIFICATION_DATA)
+        features = 0 if fast_doorbells else 1 << spec.VIRTIO_F_NOTIFICATION_DATA
+        self._state.attach(self, features, fast_doorbells=fast_doorbells)
 
     def handler(self) -> MmioHandler:
         """What the window is bound to; its doorbells are the values of QueueNotify."""

@@ -14,11 +14,14 @@ def parked(worker: Worker, timeout: float) -> Iterator[bool]:
     """Wait until ``worker`` has left whatever it runs and hold it there for the ``with`` block.
 
     Gives True when the worker is idle, False when it did not come within ``timeout`` seconds; it
-    is then not held, and a late one passes by. On the worker itself, and with no thread running,
-    there is nothing to hold.
+    is then not held, and a late one passes by. In a callback of the worker there is nothing to hold,
+    and with no thread running nobody comes any more.
     """
-    if not worker.alive or worker.ident == threading.get_ident():
+    if worker.ident == threading.get_ident():
         yield True
+        return
+    if not worker.alive:
+        yield worker.without_visitor(timeout)
         return
     here, release = threading.Event(), threading.Event()
 

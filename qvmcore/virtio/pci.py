@@ -57,9 +57,10 @@ class PciTransport:
 
     Made once, at freeze, before the guest starts. :meth:`read` and :meth:`write` run on vCPU threads,
     several at a time. A vector for each queue and one for configuration changes (4.1.5.1.2).
+    ``fast_doorbells``: the engine signals the eventfds of the doorbells by itself.
     """
 
-    def __init__(self, vdev: VirtioVdev) -> None:
+    def __init__(self, vdev: VirtioVdev, *, fast_doorbells: bool = False) -> None:
         queues = len(vdev.queue_sizes)
         if queues > _QUEUES_MAX:
             raise PluginError(f"{vdev.vdev_type}: {queues} queues; virtio over PCI here has {_QUEUES_MAX}")
@@ -72,7 +73,7 @@ class PciTransport:
         self._vectors = Vectors(interrupts, queues)
         self._common = CommonConfig(vdev.virtio, self._vectors)
         # A notification of 32 bits carries the position too (4.1.5.2); its address says the queue.
-        self._state.attach(self, 1 << spec.VIRTIO_F_NOTIFICATION_DATA)
+        self._state.attach(self, 1 << spec.VIRTIO_F_NOTIFICATION_DATA, fast_doorbells=fast_doorbells)
         access = ConfigAccess(STRUCTURES_BAR)
         structures = MmioHandler(self.read, self.write, self._doorbells())
         #: The function with its configuration space.
@@ -142,7 +143,7 @@ class PciTransport:
         if odd:
             return
         if size == 2:
-            self._state.kick(index)
+            self._state.notify_queue(index)
         elif size == 4:
             self._state.notify(value & ~0xFFFF | index)
 

@@ -67,6 +67,10 @@ class Virtqueue(abc.ABC):
         """Interrupt the driver if it wants to know of what was pushed since the last call."""
 
     @abc.abstractmethod
+    def limit(self, chains: int) -> None:
+        """Have :meth:`pop` give about ``chains`` at most before the next :meth:`notify`. A hint."""
+
+    @abc.abstractmethod
     def kill(self) -> None:
         """End the queue for good: pop gives None, push and notify do nothing. Any thread."""
 

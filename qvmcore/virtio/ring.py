@@ -100,6 +100,10 @@ class RingQueue(Virtqueue):
             self._interrupts += 1
             self._interrupt()
 
+    def limit(self, chains: int) -> None:
+        """See :meth:`Virtqueue.limit`."""
+        self._budget = self._last + chains
+
     def kill(self) -> None:
         """See :meth:`Virtqueue.kill`."""
         self._dead = True

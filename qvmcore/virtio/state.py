@@ -4,7 +4,8 @@ A transport turns its registers into the calls of :class:`VirtioState`; the stat
 interrupts through :class:`Transport`. Features are integers of any width, seen 32 bits at a time.
 
 Threads. Register calls come from any vCPU thread, ``handle_queue`` runs on the device's worker, and
-termination has a thread of its own. Locks, in the order they are taken:
+termination has a thread of its own. ``serve_now`` runs on a vCPU thread as the worker's visitor:
+whoever waits for the worker waits for it too. Locks, in the order they are taken:
 
 1. ``_control``: whoever changes the life of the device: status writes, queue stop, reset, end.
    Held while the worker is waited for, so the worker must never take it;
@@ -29,6 +30,7 @@ from qvmcore.events import EventFd
 from qvmcore.termination import Phase
 from qvmcore.types import GuestEnd
 from qvmcore.virtio import spec
+from qvmcore.virtio.at_once import visitor
 from qvmcore.virtio.config import ConfigSnapshot
 from qvmcore.virtio.park import parked
 from qvmcore.virtio.queue import Virtqueue
@@ -60,8 +62,9 @@ _WELCOME = spec.ACKNOWLEDGE | spec.DRIVER
 class VirtioState:
     """The life of one virtio device, and the services its author uses as ``self.virtio``."""
 
-    def __init__(self, vdev: VirtioVdev) -> None:
+    def __init__(self, vdev: VirtioVdev, *, serves_now: bool = False) -> None:
         self._vdev = vdev
+        self._serves_now = serves_now  # the device has a serve_now of its own
         #: The driver's view of ``config_space()``, for transports.
         self.config = ConfigSnapshot(lambda: vdev.config_space())
         self._transport: Transport = NoTransport()
@@ -75,6 +78,7 @@ class VirtioState:
         self._setups = tuple(QueueSetup(size) for size in _checked_sizes(vdev))
         self._queues: list[Virtqueue | None] = [None] * len(self._setups)
         self._doorbells: tuple[EventFd, ...] = ()
+        self._at_once: dict[int, Callable[[], bool]] = {}
         self._activated = False
         self._touched = False  # the device has something to undo at a reset
         self._hung = False
@@ -138,14 +142,16 @@ class VirtioState:
 
     # ---- for transports: set-up -----------------------------------------------------------
 
-    def attach(self, transport: Transport, features: int = 0) -> None:
+    def attach(self, transport: Transport, features: int = 0, *, fast_doorbells: bool = False) -> None:
         """Connect the one transport, before the guest starts; allocates the doorbells.
 
         ``features`` are those the transport adds to the offer: NOTIFICATION_DATA when it passes
-        all 32 bits of a notification to :meth:`notify`.
+        all 32 bits of a notification to :meth:`notify`. ``fast_doorbells``: a notification signals a
+        doorbell instead of being a call on a vCPU thread, where the device may serve the queue at once.
         """
         self._transport = transport
         self._transport_features = features
+        self._serves_now &= not fast_doorbells
         self._doorbells = tuple(EventFd() for _ in self._setups)
         ctx = self._vdev.ctx
         ctx.on_terminate(self._stop_dma, phase=Phase.STOP_DMA, deadline=QUIESCE_TIMEOUT + 1.0)
@@ -290,7 +296,15 @@ class VirtioState:
             if queue is not None and queue.reached(position):
                 # The worker took it while it was busy with what came before: no need to wake it.
                 return
-        self.kick(value)
+        self.notify_queue(value)
+
+    def notify_queue(self, index: int) -> None:
+        """As :meth:`notify`, for a notification without a position."""
+        if not self._activated or index >= len(self._doorbells):
+            return
+        at_once = self._at_once.get(index)
+        if at_once is None or not self._vdev.ctx.worker.visit(at_once):
+            self._doorbells[index].signal()
 
     def write_config(self, offset: int, size: int, value: int) -> None:
         """The driver writes the device configuration; dropped unless wholly inside it."""
@@ -395,6 +409,8 @@ class VirtioState:
         """Have the worker listen to a queue."""
         doorbell = self._doorbells[index]
         self._vdev.ctx.worker.watch(doorbell.fd, self._server(index))
+        if self._serves_now:
+            self._at_once[index] = visitor(index, self.queue, self._vdev.serve_now, self.needs_reset)
         # Buffers offered before this came without a notification.
         doorbell.signal()
 

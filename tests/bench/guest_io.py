@@ -2,9 +2,11 @@
 """Disk I/O of a Linux guest: qvm over PCI, qvm over MMIO, and qemu-system-aarch64 virtio-blk-pci.
 
 Same kernel, initramfs, image, one emulated CPU (cortex-a72, TCG in QEMU) and 256 MiB; the runs take
-turns. All I/O is direct (O_DIRECT): `dd` with blocks of 1 MiB for throughput, and a program of 32
-instructions that reads or writes 4 KiB blocks all over the disk, one at a time, for requests per
-second. The clock is the host's, between two lines of the guest on its PL011; beside it stand the
+turns. All I/O is direct (O_DIRECT). Throughput: `dd` reads blocks of 1 MiB, and a program of 24
+instructions writes such blocks from a buffer that stays as it is. (`dd if=/dev/zero` is measured as
+well: it clears a MiB of the guest's memory for every MiB it writes, so it shows the emulated CPU more
+than the disk.) Requests per second: a program that reads or writes 4 KiB blocks all over the disk, one
+at a time. The clock is the host's, between two lines of the guest on its PL011; beside it stand the
 rates per second of CPU time, which other work on the machine changes less. Medians and their ratios;
 the host's page cache holds the image in all of them.
 
@@ -52,26 +54,42 @@ CODE = bytes.fromhex(
 )
 
 
-def program() -> bytes:
-    """CODE as an ELF file: one segment at 0x400000 that reaches beyond the buffer at 0x500000."""
+#: Writes 256 blocks of 1 MiB to /dev/vda, one after the other; exits with 0, or with 1 when one failed.
+BLOCKS = bytes.fromhex(
+    "600c8092 e1020010 420080d2 2200a0f2 080780d2 010000d4"  # openat(-100, "/dev/vda", O_RDWR|O_DIRECT)
+    "f30300aa 142080d2 150080d2"  # mov x19, x0; mov x20, 256; mov x21, 0
+    "e00313aa 010aa0d2 0202a0d2 e30315aa 880880d2 010000d4"  # loop: pwrite64(x19, 0x500000, 1 MiB, x21)
+    "1f0002eb 200080d2 a1000054"  # cmp x0, x2; mov x0, 1; b.ne exit
+    "b5024491 940600f1 a1feff54 000080d2"  # add x21, x21, 1 MiB; subs x20, x20, 1; b.ne loop; mov x0, 0
+    "a80b80d2 010000d4"  # exit: exit(x0)
+    "2f646576 2f766461 00000000"  # "/dev/vda"
+)
+
+
+def program(code: bytes) -> bytes:
+    """Code as an ELF file: one segment at 0x400000 that reaches beyond the buffer at 0x500000."""
     base, start = 0x400000, 64 + 56
-    size = start + len(CODE)
+    size = start + len(code)
     header = struct.pack(
         "<16sHHIQQQIHHHHHH", b"\x7fELF\2\1\1", 2, 183, 1, base + start, 64, 0, 0, 64, 56, 1, 0, 0, 0
     )
-    return header + struct.pack("<IIQQQQQQ", 1, 7, 0, base, base, size, 0x110000, 0x1000) + CODE
+    return header + struct.pack("<IIQQQQQQ", 1, 7, 0, base, base, size, 0x210000, 0x1000) + code
 
 
 #: name -> (what the guest runs, units of work it does, what a unit is)
 WORK = {
     "read": ("dd if=/dev/vda of=/dev/null bs=1M count=256 iflag=direct", 256, "MiB/s"),
-    "write": ("dd if=/dev/zero of=/dev/vda bs=1M count=256 oflag=direct", 256, "MiB/s"),
+    "write": ("/tmp/blocks", 256, "MiB/s"),
+    "dd-zero": ("dd if=/dev/zero of=/dev/vda bs=1M count=256 oflag=direct", 256, "MiB/s"),
     "read4k": ("/tmp/random", REQUESTS, "/s"),
     "write4k": ("/tmp/random w", REQUESTS, "/s"),
 }
 SCRIPT = "".join(
     [
-        f"echo {base64.b64encode(program()).decode()} | base64 -d > /tmp/random; chmod +x /tmp/random\n",
+        *(
+            f"echo {base64.b64encode(program(code)).decode()} | base64 -d > {path}; chmod +x {path}\n"
+            for path, code in (("/tmp/random", CODE), ("/tmp/blocks", BLOCKS))
+        ),
         *(
             f"echo bench-start-{name}-; {command} 2>/dev/null && echo bench-end-{name}-\n"
             for name, (command, _, _) in WORK.items()
@@ -119,7 +137,7 @@ def measure(command: list[str]) -> dict[str, Rate]:
         while chunk := os.read(process.stdout.fileno(), 4096):
             now = (time.monotonic(), cpu_seconds(process.pid))
             text += chunk
-            for mark in re.findall(rb"bench-(?:start|end)-\w+-", text):
+            for mark in re.findall(rb"bench-(?:start|end)-[\w-]+?-(?=\r?\n)", text):
                 seen.setdefault(mark.decode(), now)
         limit.cancel()
     rates = {}
@@ -128,6 +146,8 @@ def measure(command: list[str]) -> dict[str, Rate]:
         if start is None or end is None:
             said = text.decode(errors="replace")[-2000:]
             sys.exit(f"{' '.join(command)[:200]}: the guest did not finish {name}:\n{said}")
+        if start[0] == end[0]:
+            return measure(command)  # the host was so busy that both lines were read at once
         rates[name] = Rate(units / (end[0] - start[0]), units / max(0.01, end[1] - start[1]))
     return rates
 
@@ -191,7 +211,7 @@ def main() -> None:
             line = ", ".join(f"{who} {rate:,.0f} {unit}" for who, rate in rates.items())
             line += f"{suffix}; pci / mmio {rates['qvm-pci'] / rates['qvm-mmio']:.2f}"
             if "qemu-pci" in rates:
-                target = "  (target >= 0.9)" if kind == "wall" else ""
+                target = "  (target >= 0.9)" if kind == "wall" and work != "dd-zero" else ""
                 line += f"; qvm-pci / qemu-pci {rates['qvm-pci'] / rates['qemu-pci']:.2f}{target}"
             print(f"{work:8} {line}")
 

@@ -19,8 +19,8 @@ from tests.rig.results import Results, Silence
 
 INSIDE = Path(__file__).parent / "inside"
 #: Seconds: for one test in the machine; without any news from it; from its start to its end.
-TEST_LIMIT = 600
-PATIENCE = 660.0
+TEST_LIMIT = 420
+PATIENCE = 450.0
 TOTAL_LIMIT = float(os.environ.get("QVM_RIG_LIMIT", "3600"))
 RIG = pytest.StashKey["Rig"]()
 
@@ -39,16 +39,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Rig:
-    """The machine of one session, started at its first use. ``problem`` says why there is none."""
+    """The machine of one session, started at its first use. ``problem`` says why there is none.
+
+    An emulated machine with guests of its own may stand still, all of it, without any fault of what is
+    tested. A machine that fell silent is replaced once, and goes on with the test it was at; a second
+    one that does fails that test and the rest.
+    """
 
     def __init__(self, session: pytest.Session) -> None:
         self._machine: machine.Machine | None = None
         self._failed = False
+        self._replaced = False
         self.problem = ""
-        wanted = [item.nodeid for item in session.items if is_inside(item)]
+        self._wanted = [item.nodeid for item in session.items if is_inside(item)]
+        self._lines = Lines(session.config)
         self._began = time.monotonic()
+        self._start(self._wanted)
+
+    def _start(self, wanted: list[str]) -> None:
         try:
-            self._machine = machine.start(wanted, Lines(session.config), timeout=TEST_LIMIT)
+            self._machine = machine.start(wanted, self._lines, timeout=TEST_LIMIT)
         except machine.UnusableError as error:
             self.problem = str(error)
         else:
@@ -80,11 +90,23 @@ class Rig:
                 self._failed |= report.failed
                 yield report
         except Silence as silence:
-            self._failed = True
             assert self._machine is not None
+            if not self._replaced:
+                self._replace(item.nodeid, str(silence))
+                yield from self.reports(item)
+                return
+            self._failed = True
             self._machine.stop()
             text = f"{silence}\n--- end of {self._machine.console}\n{self._machine.tail()}"
             yield from made_up(item, "failed", text, when="teardown" if seen else "setup")
+
+    def _replace(self, nodeid: str, why: str) -> None:
+        """Another machine, for this test and those behind it; the log of the old one stays."""
+        assert self._machine is not None
+        self._replaced = True
+        self._machine.stop()
+        self._lines.note(f"{nodeid}: {why}; another machine goes on (log: {self._machine.console})")
+        self._start(self._wanted[self._wanted.index(nodeid) :])
 
     def close(self) -> str:
         """Stop the machine; its log stays when a test failed. Returns where that is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 
 import pytest
 
@@ -116,3 +117,114 @@ def test_serial_worker_holds_its_lock_while_a_callback_runs() -> None:
     assert held == [True]
     assert worker.stop(10)
     assert not lock.locked()
+
+
+def idle() -> Worker:
+    """A worker with a thread that waits."""
+    worker, _ = make()
+    started = threading.Event()
+    worker.call(started.set)
+    assert started.wait(10)
+    assert worker.without_visitor(10)
+    return worker
+
+
+def test_a_visitor_has_an_idle_worker_to_itself() -> None:
+    worker = idle()
+    called, here, go = threading.Event(), threading.Event(), threading.Event()
+    idents: list[int | None] = []
+    results: list[bool] = []
+
+    def stay() -> bool:
+        idents.append(worker.ident)
+        here.set()
+        return go.wait(10)
+
+    visitor = threading.Thread(target=lambda: results.append(worker.visit(stay)))
+    visitor.start()
+    assert here.wait(10)
+    assert not worker.visit(lambda: True)  # one at a time
+    assert not worker.without_visitor(0)
+    worker.call(called.set)
+    assert not called.wait(0.1)
+    go.set()
+    visitor.join(10)
+    assert called.wait(10)
+    assert results == [True]
+    assert idents == [visitor.ident]
+    assert worker.ident not in (visitor.ident, None)
+    assert worker.stop(10)
+    assert not worker.visit(lambda: True)
+
+
+def test_nobody_visits_a_worker_that_is_not_idle() -> None:
+    worker, _ = make()
+    assert not worker.visit(lambda: True)  # no thread yet: nobody could take over what is left
+    here, go = threading.Event(), threading.Event()
+
+    def work() -> None:
+        here.set()
+        go.wait(10)
+
+    worker.call(work)
+    assert here.wait(10)
+    assert not worker.visit(lambda: True)
+    go.set()
+    assert worker.stop(10)
+
+
+def test_what_a_visitor_raises_is_the_visitors() -> None:
+    worker = idle()
+
+    def fail() -> bool:
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        worker.visit(fail)
+    assert worker.visit(lambda: True)
+    assert worker.stop(10)
+
+
+def test_stop_waits_for_a_visitor() -> None:
+    worker = idle()
+    here, go = threading.Event(), threading.Event()
+
+    def stay() -> bool:
+        here.set()
+        return go.wait(10)
+
+    visitor = threading.Thread(target=worker.visit, args=(stay,))
+    visitor.start()
+    assert here.wait(10)
+    assert not worker.stop(0.2)
+    go.set()
+    visitor.join(10)
+    assert worker.stop(10)
+
+
+def test_a_visitor_may_stop_the_worker() -> None:
+    worker = idle()
+    assert worker.visit(lambda: worker.stop(10))
+    assert worker.stop(10)
+    assert not worker.alive
+
+
+def test_a_watch_that_a_visitor_ends_is_not_served_any_more() -> None:
+    worker = idle()
+    event = EventFd()
+    served: list[int] = []
+    passed = threading.Event()
+    worker.watch(event.fd, lambda: served.append(event.drain()))
+
+    def end_it() -> bool:
+        event.signal()
+        time.sleep(0.1)  # the worker has seen it and waits for its turn
+        worker.unwatch(event.fd)
+        return True
+
+    assert worker.visit(end_it)
+    worker.call(passed.set)
+    assert passed.wait(10)
+    assert served == []
+    assert worker.stop(10)
+    event.close()

@@ -365,7 +365,7 @@ class HangingButton(Probe):
 
 
 def test_a_hanging_on_button_does_not_stop_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qvmcore.machine.BUTTON_TIMEOUT", 0.02)
+    monkeypatch.setattr("qvmcore.button.PATIENCE", 0.02)
     outcome, _ = run(tmp_path, send(signal.SIGTERM), HangingButton)
     assert outcome.end.reason is Reason.POWER_CUT
 

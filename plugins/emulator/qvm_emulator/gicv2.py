@@ -16,6 +16,7 @@ SPURIOUS = 1023
 MAX_LINES = 1020
 SGIS = 0xFFFF
 _IDLE = 0x100  # running priority when nothing is active: lower than every real priority
+_NOTHING = (SPURIOUS, _IDLE)
 
 # Distributor registers (offsets in bytes; GIC architecture specification 2.0, chapter 4.3)
 GICD_CTLR, GICD_TYPER, GICD_IIDR = 0x000, 0x004, 0x008
@@ -100,28 +101,29 @@ class GicV2:
     def _candidate(self) -> tuple[int, int]:
         """Best deliverable (INTID, priority), or (1023, idle). PMR and running priority are not applied."""
         if self._ctlr & 1:
-            ready = self._pending() & self._enabled & ~self._active
+            ready = (self._latched | self._level & ~self._edge) & self._enabled & ~self._active
             if ready:
                 for priority, members in self._by_priority:
                     hit = ready & members
                     if hit:
                         return (hit & -hit).bit_length() - 1, priority
-        return SPURIOUS, _IDLE
+        return _NOTHING
 
     def _group(self, priority: int) -> int:
         """The part of a priority that decides preemption, per the binary point register."""
         return priority & (0xFF << (self._bpr + 1)) & 0xFF
 
     def _deliverable(self) -> tuple[int, int]:
-        intid, priority = self._candidate()
+        best = self._candidate()
+        priority = best[1]
         if priority >= self._pmr or not self._gicc_ctlr & 1:
-            return SPURIOUS, _IDLE
+            return _NOTHING
         if self._running and self._group(priority) >= self._running[-1]:
-            return SPURIOUS, _IDLE
-        return intid, priority
+            return _NOTHING
+        return best
 
     def _update(self) -> None:
-        level = self._deliverable()[0] != SPURIOUS
+        level = self._deliverable() is not _NOTHING
         if level != self._asserted:
             self._asserted = level
             self.output(level)
@@ -131,7 +133,9 @@ class GicV2:
     def acknowledge(self) -> int:
         """Read of GICC_IAR: the best pending interrupt becomes active."""
         with self.lock:
-            intid, priority = self._deliverable()
+            # Nothing is deliverable while the output is low: a guest that reads until there is nothing
+            # more does so once for every interrupt.
+            intid, priority = self._deliverable() if self._asserted else _NOTHING
             if intid == SPURIOUS:
                 # The CPU may still hold an older request; drop it whatever we believe.
                 self._asserted = False

@@ -97,6 +97,7 @@ class EmulatedGuest:
         self._end_lock = threading.Lock()
         self._ended = False
         self._halts = 0
+        self._vcpu = 0  # the vCPU thread
         self._threads: tuple[threading.Thread, ...] = ()
         self._timers = tuple(
             TimerChannel(partial(self._gic.set_line, ppi), self._timer_moved)
@@ -209,6 +210,7 @@ class EmulatedGuest:
 
     def _run(self) -> None:
         cpu = self._cpu
+        self._vcpu = threading.get_ident()
         try:
             while not self._ending:
                 while self._pausing:
@@ -244,13 +246,10 @@ class EmulatedGuest:
 
     def _irq_changed(self, level: bool) -> None:
         self._cpu.set_irq(level)
-        if level:
+        # The vCPU thread itself neither sleeps now nor misses the request.
+        if level and threading.get_ident() != self._vcpu:
             self._wake.set()
-            if threading.get_ident() != self._vcpu_ident():
-                self._alarm_by(now_ns() + _REPEAT_NS)
-
-    def _vcpu_ident(self) -> int | None:
-        return self._threads[0].ident if self._threads else None
+            self._alarm_by(now_ns() + _REPEAT_NS)
 
     def _timer_moved(self) -> None:
         """A timer was reprogrammed, or the vCPU runs again: the alarm must not come too late."""

@@ -1,7 +1,8 @@
 """Where the bytes of a disk are: a host file, a block device, or memory. Knows no virtio.
 
 ``read`` and ``write`` move bytes between the disk and views of guest memory without a copy in
-between. Thread: the device's worker; ``flush`` and ``close`` also the thread of the VM's end.
+between. Thread: the device's worker, and a vCPU as its visitor for ``read_now`` and ``write_now``;
+``flush`` and ``close`` also the thread of the VM's end.
 """
 
 from __future__ import annotations
@@ -16,17 +17,21 @@ from qvm_virtio_blk.holes import Holes
 
 #: Most buffers of one preadv or pwritev call.
 IOV_MAX = os.sysconf("SC_IOV_MAX")
+#: The same flag for reads and writes, though Python's os names it for reads only.
+RWF_NOWAIT = os.RWF_NOWAIT
 
 
 class Backend(Protocol):
     """A disk of ``size`` bytes. Ranges must lie inside it; the request parser sees to that.
 
-    ``can_discard`` tells whether blocks can be given back, in pieces of ``granularity`` bytes.
+    ``can_discard`` tells whether blocks can be given back, in pieces of ``granularity`` bytes,
+    ``quick`` whether ``read_now`` and ``write_now`` are worth a try.
     """
 
     size: int
     can_discard: bool
     granularity: int
+    quick: bool
 
     def measure(self) -> int:
         """The size in bytes now: somebody may have changed it. Cheap; does not touch ``size``."""
@@ -34,8 +39,14 @@ class Backend(Protocol):
     def read(self, offset: int, length: int, views: Sequence[memoryview]) -> None:
         """Fill ``views``, ``length`` bytes in all, from ``offset``. Raises OSError."""
 
+    def read_now(self, offset: int, length: int, views: Sequence[memoryview]) -> bool:
+        """As ``read`` if that takes no waiting, else False. ``views`` may have changed all the same."""
+
     def write(self, offset: int, length: int, views: Sequence[memoryview], *, durable: bool = False) -> None:
         """Store ``views`` at ``offset``; when ``durable``, on stable storage. Raises OSError."""
+
+    def write_now(self, offset: int, length: int, views: Sequence[memoryview]) -> bool:
+        """As ``write`` if that hardly ever waits, else False. A part may have been stored all the same."""
 
     def discard(self, offset: int, length: int) -> None:
         """Give the blocks of the range back if possible; its contents are undefined. Raises OSError."""
@@ -61,6 +72,9 @@ class FileBackend:
         self.granularity = self._holes.granularity
         # Once the kernel says that the file cannot do a write of its own durability, never ask again.
         self._dsync = os.RWF_DSYNC
+        # Local file systems can say that a page is not in memory; what cannot may be far away.
+        self.quick = _tells_waiting(fd)
+        self._nowait = RWF_NOWAIT
 
     def measure(self) -> int:
         """See Backend. Works for block devices too, and there it is what BLKGETSIZE64 says."""
@@ -81,6 +95,22 @@ class FileBackend:
                 # Somebody truncated the image under the running guest.
                 raise OSError(errno.EIO, f"the image ends at byte {offset + done}")
             done += count
+
+    def read_now(self, offset: int, length: int, views: Sequence[memoryview]) -> bool:
+        """See Backend."""
+        return os.preadv(self._fd, views, offset, RWF_NOWAIT) == length
+
+    def write_now(self, offset: int, length: int, views: Sequence[memoryview]) -> bool:
+        """See Backend."""
+        try:
+            return os.pwritev(self._fd, views, offset, self._nowait) == length
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP or not self._nowait:
+                raise
+        # ext4 knows this of reads only. A write goes into the page cache; that it waits is rare, and
+        # then the framework sees to it that the next ones are the worker's.
+        self._nowait = 0
+        return self.write_now(offset, length, views)
 
     def write(self, offset: int, length: int, views: Sequence[memoryview], *, durable: bool = False) -> None:
         """See Backend."""
@@ -124,6 +154,7 @@ class ClosedBackend:
 
     can_discard = True
     granularity = 4096
+    quick = False
 
     def __init__(self) -> None:
         self.size = 0
@@ -136,9 +167,17 @@ class ClosedBackend:
         """See Backend."""
         raise _not_open()
 
+    def read_now(self, offset: int, length: int, views: Sequence[memoryview]) -> bool:
+        """See Backend."""
+        return False
+
     def write(self, offset: int, length: int, views: Sequence[memoryview], *, durable: bool = False) -> None:
         """See Backend."""
         raise _not_open()
+
+    def write_now(self, offset: int, length: int, views: Sequence[memoryview]) -> bool:
+        """See Backend."""
+        return False
 
     def discard(self, offset: int, length: int) -> None:
         """See Backend."""
@@ -161,6 +200,7 @@ class MemoryBackend:
 
     can_discard = True
     granularity = mmap.PAGESIZE
+    quick = True
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -179,6 +219,11 @@ class MemoryBackend:
             view[:] = disk[offset:end]
             offset = end
 
+    def read_now(self, offset: int, length: int, views: Sequence[memoryview]) -> bool:
+        """See Backend."""
+        self.read(offset, length, views)
+        return True
+
     def write(self, offset: int, length: int, views: Sequence[memoryview], *, durable: bool = False) -> None:
         """See Backend. Memory is never durable."""
         disk = self._view
@@ -186,6 +231,11 @@ class MemoryBackend:
             end = offset + len(view)
             disk[offset:end] = view
             offset = end
+
+    def write_now(self, offset: int, length: int, views: Sequence[memoryview]) -> bool:
+        """See Backend."""
+        self.write(offset, length, views)
+        return True
 
     def discard(self, offset: int, length: int) -> None:
         """Give whole pages back; they read as zeros."""
@@ -209,6 +259,17 @@ class MemoryBackend:
         """See Backend."""
         self._view.release()
         self._map.close()
+
+
+def _tells_waiting(fd: int) -> bool:
+    """Whether a read may be asked not to wait. What the first byte is does not matter."""
+    try:
+        os.preadv(fd, [bytearray(1)], 0, RWF_NOWAIT)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def _not_open() -> OSError:

@@ -33,6 +33,7 @@ class DirectBackend(FileBackend):
         super().__init__(fd, size)
         self._log = log
         self._writes = writes
+        self.quick = False
         self._direct = -1
         self._align = _ALIGNMENTS[-1]
         # Anonymous memory begins at a page, so it is aligned for everything.

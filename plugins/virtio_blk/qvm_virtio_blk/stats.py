@@ -12,7 +12,7 @@ LOG_PERIOD = 10.0
 
 
 class Stats:
-    """Counters of one disk. Written by the worker, read by any thread."""
+    """Counters of one disk. Written by the worker or its visitor, read by any thread."""
 
     __slots__ = (
         "_log", "_log_after", "_unlogged", "bytes_discarded", "bytes_read", "bytes_written",

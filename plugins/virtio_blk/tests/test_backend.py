@@ -56,7 +56,9 @@ def test_short_transfers_are_continued(tmp_path: Path, monkeypatch: pytest.Monke
     def first_700(views: Any) -> list[memoryview]:
         return [next(view[:700] for view in views if len(view))]
 
-    monkeypatch.setattr(os, "preadv", lambda fd, views, at: real_read(fd, first_700(views), at))
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, views, at, flags=0: real_read(fd, first_700(views), at, flags)
+    )
     monkeypatch.setattr(os, "pwritev", lambda fd, views, at, _flags: real_write(fd, first_700(views), at))
     store = _file(tmp_path)
     data = os.urandom(4096)

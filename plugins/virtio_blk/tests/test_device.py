@@ -130,13 +130,14 @@ def test_5_2_6_2_flush_syncs(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def _flags(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The flags of every pwritev from here on."""
+    """The flags of every pwritev that wrote from here on, but that it was not to wait."""
     seen: list[int] = []
     real = os.pwritev
 
     def write(fd: int, views: Any, at: int, flags: int) -> int:
-        seen.append(flags)
-        return real(fd, views, at, flags)
+        done = real(fd, views, at, flags)
+        seen.append(flags & ~os.RWF_NOWAIT)
+        return done
 
     monkeypatch.setattr(os, "pwritev", write)
     return seen
@@ -194,7 +195,7 @@ def test_cache_writethrough_option(disk: Disk, start: Start, monkeypatch: pytest
 def test_a_host_error_is_ioerr_and_logged_once(
     guest: Guest, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(fd: int, views: object, at: int) -> int:
+    def fail(fd: int, views: object, at: int, flags: int = 0) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with caplog.at_level(logging.WARNING), monkeypatch.context() as patch:

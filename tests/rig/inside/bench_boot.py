@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import os
 import re
+import select
 import subprocess
 import sys
 import time
@@ -23,11 +24,12 @@ from tests.rig.inside import linux
 MARK = re.compile(rb"bench-userspace (\d+\.\d+)\.")
 SCRIPT = "read up rest < /proc/uptime; echo bench-userspace $up.; poweroff -f"
 RUNS = int(os.environ.get("QVM_RIG_RUNS", "5"))
-LIMIT = 240
+#: Seconds after which a boot has stalled.
+LIMIT = 90.0
 
 
 def measure(command: list[str]) -> tuple[float, float]:
-    """(seconds to the mark, those that the kernel counted); the process is ended then."""
+    """(seconds to the mark, those that the kernel counted), (LIMIT, 0) when it does not come."""
     started = time.monotonic()
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -36,7 +38,10 @@ def measure(command: list[str]) -> tuple[float, float]:
         said = b""
         try:
             while (match := MARK.search(said)) is None:
-                assert time.monotonic() - started < LIMIT, said.decode(errors="replace")
+                left = started + LIMIT - time.monotonic()
+                if not select.select([process.stdout], [], [], max(0.0, left))[0]:
+                    print(f"no mark within {LIMIT} s: {' '.join(command)}\n{said.decode(errors='replace')}")
+                    return LIMIT, 0.0
                 chunk = os.read(process.stdout.fileno(), 4096)
                 assert chunk, said.decode(errors="replace")
                 said += chunk
@@ -52,11 +57,11 @@ def qvm(folder: Path, cmdline: str) -> list[str]:
     return [sys.executable, "-m", "qvmcore", "run", str(path)]
 
 
-def qemu(folder: Path, cmdline: str, machine: str) -> list[str]:
-    """QEMU's, without any device the other has not."""
+def qemu(folder: Path, cmdline: str) -> list[str]:
+    """QEMU's with PCI Express, without any device the other has not."""
     return [
         "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-        "-machine", machine, "-accel", "kvm", "-cpu", "host", "-m", "256", "-serial", "stdio",
+        "-machine", "q35", "-accel", "kvm", "-cpu", "host", "-m", "256", "-serial", "stdio",
         "-kernel", str(linux.GUEST / "vmlinuz"), "-initrd", str(linux.GUEST / "initramfs.cpio.gz"),
         "-append", f"console=ttyS0 quiet {cmdline}",
         "-drive", f"file={folder / 'disk.img'},if=none,id=disk,format=raw",
@@ -64,15 +69,14 @@ def qemu(folder: Path, cmdline: str, machine: str) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.timeout(LIMIT * (3 * RUNS + 2))
+@pytest.mark.timeout(int(LIMIT) * 2 * (RUNS + 1))
 def test_boot_times(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     """One boot of each is not counted: it reads the files into the page cache."""
     (tmp_path / "disk.img").write_bytes(bytes(16 << 20))
     script = base64.b64encode(SCRIPT.encode()).decode()
     commands = {
         "qvm": qvm(tmp_path, f"qvm.exec={script}"),
-        "qemu-q35": qemu(tmp_path, f"qvm.exec={script}", "q35"),
-        "qemu-pc": qemu(tmp_path, f"qvm.exec={script}", "pc"),
+        "qemu": qemu(tmp_path, f"qvm.exec={script}"),
     }
     for command in commands.values():
         measure(command)

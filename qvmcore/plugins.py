@@ -49,6 +49,8 @@ KNOWN = {
     "ser8250": "qvm-pc",
     "mc146818": "qvm-pc",
     "acpi-pm": "qvm-pc",
+    "pass": "qvm-pass",
+    "quiesce": "qvm-quiesce",
     "emulated": "qvm-emulator",
     "kvm": "qvm-kvm",
     "guest": "qvm-guests",

@@ -16,7 +16,7 @@ from qvmcore.compose.checks import check_file, check_layout, check_memory
 from qvmcore.compose.pci import assign_pci
 from qvmcore.compose.sources import ARRAYS, Item, Problems, Table, apply_override, read_files
 from qvmcore.compose.tables import (
-    PLANNED,
+    QNX_SECTIONS,
     LoadTable,
     MemoryTable,
     SafetyTable,
@@ -132,8 +132,9 @@ def _check_sections(root: Table, problems: Problems) -> None:
     for key, item in root.items.items():
         if key in _SECTIONS:
             continue
-        if key in PLANNED:
-            problems.add(item.source, "", f"[{key}]: {PLANNED[key]} is not built yet", f"remove [{key}]")
+        if key in QNX_SECTIONS:
+            wrong, hint = QNX_SECTIONS[key]
+            problems.add(item.source, "", f"[{key}]: {wrong}", hint)
         elif isinstance(item.value, Table | list):
             known = ", ".join(_SECTIONS)
             problems.add(

@@ -88,10 +88,10 @@ class VdevTable(msgspec.Struct, frozen=True, rename="kebab"):
     ] = "isolate"
 
 
-#: Sections of QNX's configuration that this version does not have; a plain answer is kinder.
-PLANNED = {
-    "pass": "pass-through",
-    "reserve": "reserving addresses",
+#: What QNX's configuration has and this does not, or has elsewhere: (what is wrong, what to do).
+QNX_SECTIONS = {
+    "pass": ("what is passed through is a vdev here", 'write a [[vdev]] with type = "pass"'),
+    "reserve": ("reserving addresses is not built yet", "remove [reserve]"),
 }
 
 COMMON_KEYS = VdevTable.__struct_encode_fields__

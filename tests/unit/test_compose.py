@@ -279,6 +279,8 @@ def replaced(old: str, new: str) -> str:
         ("system = 5\n", "vm.toml:1: system: expected a table: write [system]"),
         (BASE + "[safety]\nrequire-quiesc = true\n",
          "vm.toml:7: safety: unknown key 'require-quiesc'; did you mean 'require-quiesce'?"),
+        (BASE + "[pass]\nloc = 1\n",
+         'vm.toml:6: [pass]: what is passed through is a vdev here; write a [[vdev]] with type = "pass"'),
         (BASE + "[lod]\n", "vm.toml:6: unknown table 'lod'; did you mean 'load'?"),
         ('ram = "1M"\n' + BASE, "vm.toml:1: ram: expected an array of tables: write [[ram]]; "
          'or write ram = "512M" under [system]'),

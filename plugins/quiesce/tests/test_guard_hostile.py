@@ -19,6 +19,7 @@ import pytest
 from qvm_quiesce import state as files
 from qvm_quiesce import steps
 from qvm_quiesce.attach import attach
+from qvm_quiesce.cli import _end
 from qvm_quiesce.guard import Guard
 from qvm_quiesce.guard_main import _receive
 from qvm_quiesce.simulated import Faults, SimulatedDevice, shared
@@ -211,7 +212,9 @@ def test_a_state_folder_that_cannot_be_written_does_not_cost_the_memory(
     vm.order("os.kill(os.getpid(), signal.SIGKILL)")
     wait_for(lambda: vm.device.done["surrendered"], "the kernel's turn")
     assert running(vm.guard), "it holds the memory"
-    os.kill(vm.guard, signal.SIGTERM)
+    pidfd = os.pidfd_open(vm.guard)
+    assert _end(pidfd)
+    os.close(pidfd)
 
 
 def test_by_policy_the_guard_only_reports(start: Callable[..., Vm], state: Path) -> None:

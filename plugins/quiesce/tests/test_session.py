@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from qvm_quiesce import plugin
 from qvm_quiesce import state as files
+from qvm_quiesce.cli import _end
 from qvm_quiesce.evidence import Verdict
 from qvm_quiesce.session import Session
 from qvm_quiesce.simulated import Faults, SimulatedDevice, shared
@@ -120,7 +121,9 @@ def test_a_device_that_is_not_proven_quiet_makes_the_exit_code_8(
     assert list(files.quarantined(state)) == ["0000:02:00.0"]
     with pytest.raises(HostError, match=r"0000:02:00\.0 is quarantined: memory of the guest changed"):
         run(tmp_path, drive, (SimPass, QuiesceVdev))
-    os.kill(files.quarantined(state)["0000:02:00.0"]["keeper"], signal.SIGTERM)
+    pidfd = os.pidfd_open(files.quarantined(state)["0000:02:00.0"]["keeper"])
+    assert _end(pidfd), "the keeper goes when it is told"
+    os.close(pidfd)
     assert files.release("0000:02:00.0", state)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from qvm_quiesce import plugin, session, steps
 from qvm_quiesce import state as files
+from qvm_quiesce.cli import _end
 from qvm_quiesce.guard import Guard
 from qvm_quiesce.runner import bound
 from qvm_quiesce.session import Session
@@ -286,7 +287,9 @@ def test_a_verdict_that_is_not_good_is_shown_also_to_a_quiet_terminal(
     assert "verify" in shown.getMessage()
     assert vm._memory.regions[0].fd != -1, "guest memory is not given back"
     vm._memory.close()
-    os.kill(files.quarantined(state)["0000:0a:00.0"]["keeper"], signal.SIGTERM)
+    pidfd = os.pidfd_open(files.quarantined(state)["0000:0a:00.0"]["keeper"])
+    assert _end(pidfd), "the keeper goes when it is told"
+    os.close(pidfd)
 
 
 def test_a_lost_guard_is_no_keeper(

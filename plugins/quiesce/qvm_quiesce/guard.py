@@ -47,7 +47,10 @@ class Guard:
 
     @classmethod
     def start(cls, vm: str, devices: Sequence[Device], state: Path) -> Guard:
-        """Start one and wait until it watches. Raises GuardError, HardwareError or OSError."""
+        """Start one and wait until it watches. Raises GuardError, HardwareError or OSError.
+
+        Keep the object: when it goes, its socket closes, and the guard takes the VM for dead.
+        """
         handovers = [hardware.handover() for hardware, _, _ in devices]
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         paths = sorted({str(Path(__file__).parents[1]), *(each.path for each in handovers)})

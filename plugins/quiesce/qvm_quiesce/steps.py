@@ -200,6 +200,10 @@ def restore(subject: Subject) -> Steps:
     yield from ()
 
 
+#: Seconds for a few register accesses: microseconds, but the host may be busy with the end of a large VM.
+_REGISTERS = 2.0
+
+
 def _seconds(value: float) -> Callable[[Policy], float]:
     return lambda _policy: value
 
@@ -230,14 +234,14 @@ class Step:
 STOP_DMA: tuple[Step, ...] = (
     Step("revoke", revoke, _seconds(1.0)),
     Step("soft-stop", softstop.soft_stop, lambda policy: policy.soft_stop_deadline + 0.5),
-    Step("bus-master-off", bus_master_off, _seconds(0.5), _always),
+    Step("bus-master-off", bus_master_off, _seconds(_REGISTERS), _always),
 )
 #: Then interrupts and the reset.
 MASK_AND_RESET: tuple[Step, ...] = (
-    Step("mask-interrupts", mask_interrupts, _seconds(0.5), _always),
-    Step("decode-off", decode_off, _seconds(0.5)),
+    Step("mask-interrupts", mask_interrupts, _seconds(_REGISTERS), _always),
+    Step("decode-off", decode_off, _seconds(_REGISTERS)),
     Step("drain", drain, lambda policy: policy.drain_deadline + 0.5),
-    Step("wake", wake, _seconds(0.5)),
+    Step("wake", wake, _seconds(_REGISTERS)),
     # It is the last means against a device whose bus mastering could not be cleared.
     Step("reset", reset.reset, lambda policy: policy.reset_deadline + 5.0, lambda s: not s.mastering_off),
 )
@@ -245,7 +249,7 @@ MASK_AND_RESET: tuple[Step, ...] = (
 PROVE: tuple[Step, ...] = (
     Step("verify", verify, lambda policy: policy.watch + 10.0),
     Step("unmap", unmap, _seconds(1.0)),
-    Step("restore", restore, _seconds(0.5)),
+    Step("restore", restore, _seconds(_REGISTERS)),
 )
 
 

@@ -204,7 +204,7 @@ def test_deadlines_of_devices_add_up_step_by_step() -> None:
     assert together >= 30 + 40
     assert bound(steps.MASK_AND_RESET, [slow_drain]) < together
     fixed = bound(steps.STOP_DMA, [QUICK])
-    assert fixed == pytest.approx(1.0 + 0.05 + 0.5 + 0.5 + 3 * GRACE)
+    assert fixed == pytest.approx(1.0 + 0.05 + 0.5 + 2.0 + 3 * GRACE)
 
 
 @pytest.mark.parametrize(

@@ -197,8 +197,10 @@ def test_a_request_enters_no_python_on_the_cpu_s_thread(guest: linux.Shell, tran
     assert counters["doorbells"] > 0
     assert (counters["doorbells_refused"], counters["msi_slow"], counters["msi_refused"]) == (0, 0, 0)
     exits = counters["exits"].get("mmio", 0) - before["guest"]["status"]["exits"].get("mmio", 0)
-    # By direct mapping a driver asks why it was interrupted, and acknowledges that.
-    assert exits == (0 if transport == "pci" else 2 * raised)
+    # By direct mapping a driver asks why it was interrupted, and acknowledges that. So do the drivers of
+    # the guest's other devices there, when a frame or a key comes meanwhile.
+    own = 0 if transport == "pci" else 2 * raised
+    assert own <= exits <= own + 8
 
 
 def interrupts(guest: linux.Shell, device: str) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qvm_chardev.channel import STALL_SECONDS
-from qvmcore.api import Worker
+from qvmcore.api import VdevContext, Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,14 @@ class EscapeActions:
 
     quit: Callable[[], None]
     power_button: Callable[[], None]
+
+    @classmethod
+    def of(cls, ctx: VdevContext) -> EscapeActions:
+        """What a vdev's context offers for both."""
+        return cls(
+            quit=lambda: ctx.request_shutdown("the escape key cut the power", code=3),
+            power_button=ctx.press_power_button,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,10 +90,6 @@ class Pl011(Vdev):
     def on_configured(self) -> None:
         """Open the host device."""
         ctx = self.ctx
-        escape = EscapeActions(
-            quit=lambda: ctx.request_shutdown("the escape key cut the power", code=3),
-            power_button=ctx.press_power_button,
-        )
         self._device = open_chardev(
             self.options.hostdev,
             worker=ctx.worker,
@@ -101,7 +97,7 @@ class Pl011(Vdev):
             on_writable=self._flush,
             log=ctx.log,
             name=ctx.name,
-            escape=escape,
+            escape=EscapeActions.of(ctx),
             base=ctx.base_dir,
         )
         ctx.on_terminate(self._drain, phase=Phase.FLUSH)

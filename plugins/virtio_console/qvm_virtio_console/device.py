@@ -48,12 +48,7 @@ class VirtioConsole(VirtioVdev):
     def on_configured(self) -> None:
         """Open the host devices; a terminal is raw from here on, until on_terminate."""
         ctx = self.ctx
-        escape = None
-        if self.options.escape == "ctrl-a":
-            escape = EscapeActions(
-                quit=lambda: ctx.request_shutdown("the escape key cut the power", code=3),
-                power_button=ctx.press_power_button,
-            )
+        escape = EscapeActions.of(ctx) if self.options.escape == "ctrl-a" else None
         for port in self._ports:
             port.open(escape, self._resized, self._connection)
             ctx.on_terminate(

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qvmcore import boards
@@ -263,13 +264,23 @@ class Machine:
             log.error("SIGUSR2: a vCPU did not pause within %g s; no dump", VCPU_STOP_TIMEOUT)
             return
         try:
-            spec = self.spec
-            path = write_dump(spec.dump_dir, spec.name, self.board.arch, self._memory, guest.registers())
-            log.info("SIGUSR2: guest dump in %s", path)
-        except HostError as error:
-            log.error("SIGUSR2: %s", error)
+            self._write_dump(guest, "SIGUSR2", self.spec.dump_dir or Path.cwd())
         finally:
             guest.resume()
+
+    def _write_dump(self, guest: Guest, why: str, folder: Path) -> None:
+        try:
+            path = write_dump(folder, self.spec.name, self.board.arch, self._memory, guest.registers())
+            log.info("%s: guest dump in %s", why, path)
+        except HostError as error:
+            log.error("%s: %s", why, error)
+
+    def _dump_crash(self, guest: Guest) -> None:
+        """When the devices are quiet: nobody changes memory any more."""
+        if self.spec.dump_dir is not None:
+            self._write_dump(guest, "crash", self.spec.dump_dir)
+        else:
+            log.info('crash: for a guest dump of the next one, write dump = "DIRECTORY" under [system]')
 
     # -- end -----------------------------------------------------------------------------------
 
@@ -280,6 +291,8 @@ class Machine:
             log.error("end: a vCPU did not stop within %g s; going on without it", VCPU_STOP_TIMEOUT)
         steps = self.plan.run(end)
         if guest is not None and stopped:
+            if end.reason is Reason.GUEST_CRASH:
+                self._dump_crash(guest)
             try:
                 guest.close()
             except Exception:

@@ -288,7 +288,8 @@ class MachineSpec:
     vdevs: tuple[VdevSpec, ...]
     unsupported: str = "ignore"
     shutdown_timeout: float = 10.0
-    dump_dir: Path = Path()
+    #: Where guest dumps go; None: of a crash there is none, and one asked for goes to the current directory.
+    dump_dir: Path | None = None
     source: Source = Source("<builtin>")
     base_dir: Path = Path()
     #: Whether the machine has a PCI bus.

@@ -94,7 +94,7 @@ def compose(files: Iterable[str | Path], overrides: Sequence[str], host: Plugins
         vdevs=tuple(vdevs),
         unsupported=system.unsupported,
         shutdown_timeout=system.shutdown_timeout,
-        dump_dir=system.dump or Path.cwd(),
+        dump_dir=system.dump,
         source=root.source,
         base_dir=root.base_dir.absolute(),
         pci=pci,

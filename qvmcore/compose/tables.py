@@ -36,7 +36,9 @@ class SystemTable(msgspec.Struct, frozen=True, rename="kebab"):
     shutdown_timeout: Annotated[
         float, msgspec.Meta(ge=0, le=3600, description="seconds from power button to power cut")
     ] = 10.0
-    dump: Annotated[HostPath | None, msgspec.Meta(description="directory of guest dumps (SIGUSR2)")] = None
+    dump: Annotated[
+        HostPath | None, msgspec.Meta(description="directory of guest dumps: on SIGUSR2, and of a crash")
+    ] = None
 
 
 class SafetyTable(msgspec.Struct, frozen=True, rename="kebab"):

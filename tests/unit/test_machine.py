@@ -555,6 +555,39 @@ def test_sigusr2_writes_an_elf_core_and_the_vm_goes_on(
         assert status[112 + 8 * 32 :][:8] == (0x4000_0000).to_bytes(8, "little")
 
 
+def crash(guest: ScriptedGuest) -> None:
+    guest.config.on_end(GuestEnd(Reason.GUEST_CRASH, "triple fault"))
+
+
+def test_a_crash_leaves_a_dump_where_the_vm_file_says(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    folder = tmp_path / "dumps"
+    folder.mkdir()
+    outcome, _ = run(tmp_path, crash, dump_dir=folder)
+    (core,) = folder.iterdir()
+    assert outcome.code == 7
+    assert f"crash: guest dump in {core}" in caplog.text
+    with core.open("rb") as file:
+        assert ELFFile(file)["e_type"] == "ET_CORE"
+
+
+def test_a_crash_says_how_to_get_a_dump_of_the_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert run(tmp_path, crash)[0].code == 7
+    assert 'write dump = "DIRECTORY" under [system]' in caplog.text
+    assert not list(tmp_path.glob("*.gcore"))
+
+
+def test_a_crash_that_cannot_be_dumped_ends_in_order(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    outcome, _ = run(tmp_path, crash, dump_dir=tmp_path / "absent")
+    assert outcome.code == 7
+    assert "crash: cannot write the guest dump" in caplog.text
+
+
 def test_a_dump_that_cannot_be_written_is_told_and_the_vm_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

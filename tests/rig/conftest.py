@@ -23,7 +23,7 @@ TEST_LIMIT = 420
 PATIENCE = 450.0
 TOTAL_LIMIT = float(os.environ.get("QVM_RIG_LIMIT", "3600"))
 #: How many machines that fell silent are replaced in one session.
-SPARE_MACHINES = 2
+SPARE_MACHINES = 4
 RIG = pytest.StashKey["Rig"]()
 
 

@@ -11,10 +11,9 @@ from tests.rig.inside import linux
 from tests.rig.inside.conftest import Start, finish, run_qvm
 
 #: What the kernel says of tables that are wrong, and of two that claim the same.
-COMPLAINTS = re.compile(
+COMPLAINTS = (
     r"ACPI (BIOS )?(Error|Warning|Exception)|\[Firmware (Bug|Warn|Info)\]|could not be reserved"
-    r"|no GSI|can't find IRQ|AE_[A-Z]|Invalid bus_irq|conflicts with|can't claim|no compatible bridge",
-    re.IGNORECASE,
+    r"|no GSI|can.t find IRQ|AE_[A-Z]|Invalid bus_irq|conflicts with|can.t claim|no compatible bridge"
 )
 #: With PCI or without; a disk on PCI, and a disk and a console by direct mapping.
 MACHINES = {
@@ -22,6 +21,11 @@ MACHINES = {
     + linux.vdev("virtio-entropy", "rng-mmio", loc=0xC000_0000, intr="ioapic:10"),
     "no-pci": linux.vdev("virtio-entropy", "rng-mmio", loc=0xC000_0000, intr="ioapic:10"),
 }
+
+
+def told(guest: linux.Shell, pattern: str) -> str:
+    """The lines of the kernel's log with the pattern (of grep -E). The whole log would be 25,000 exits."""
+    return guest.run(f"grep -iE '{pattern}' /log; true")
 
 
 @pytest.fixture(scope="module", params=sorted(MACHINES))
@@ -38,13 +42,13 @@ def guest(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_the_kernel_finds_the_tables_and_no_fault_in_them(guest: linux.Shell) -> None:
-    log = guest.run("cat /log")
+    log = told(guest, "ACPI: ")
     for name in ("RSDP 0x00000000000E0000", "FACP", "DSDT", "FACS", "APIC"):
         assert f"ACPI: {name}" in log, log
     assert "ACPI: Interpreter enabled" in log
     assert "ACPI: PM: (supports S0 S5)" in log
     assert "ACPI: Using IOAPIC for interrupt routing" in log
-    assert [line for line in log.splitlines() if COMPLAINTS.search(line)] == []
+    assert told(guest, COMPLAINTS) == ""
 
 
 def test_every_device_of_the_dsdt_is_there_once(guest: linux.Shell) -> None:
@@ -57,7 +61,7 @@ def test_every_device_of_the_dsdt_is_there_once(guest: linux.Shell) -> None:
 
 
 def test_com1_is_ttys0_and_the_clock_is_rtc0(guest: linux.Shell) -> None:
-    log = guest.run("cat /log")
+    log = told(guest, "ttyS0|rtc_cmos")
     assert re.search(r"00:0\d: ttyS0 at I/O 0x3f8 \(irq = 4, base_baud = 115200\)", log), log
     assert re.search(r"rtc_cmos 00:0\d: registered as rtc0", log), log
 
@@ -70,7 +74,8 @@ def test_interrupts_are_the_lines_of_the_tables(guest: linux.Shell) -> None:
 
 
 def test_configuration_space_is_reserved_and_used(guest: linux.Shell) -> None:
-    log, ports = guest.run("cat /log"), guest.run("cat /proc/iomem /proc/ioports")
+    log = told(guest, "MMCONFIG|_OSC|root bus resource")
+    ports = guest.run("grep -E 'ACPI|MMCONFIG' /proc/iomem /proc/ioports")
     assert re.search(r"0600-0603 : ACPI PM1a_EVT_BLK", ports), ports
     assert re.search(r"0604-0605 : ACPI PM1a_CNT_BLK", ports), ports
     if "PNP0A08:00" not in guest.run("ls /sys/bus/acpi/devices"):

@@ -44,8 +44,8 @@ class Rig:
     """The machine of one session, started at its first use. ``problem`` says why there is none.
 
     An emulated machine with guests of its own may stand still, or its kernel panic, without any fault of
-    what is tested: no program can do that to a kernel, but QEMU's emulation of SVM can (seen in one of ten
-    sessions with QEMU 7.2). Such a machine is replaced, and the next one goes on with the test it was at;
+    what is tested: no program can do that to a kernel, but QEMU's emulation of SVM can (seen with QEMU 7.2
+    and two CPUs). Such a machine is replaced, and the next one goes on with the test it was at;
     when the last of them falls silent, that test fails and the rest do.
     """
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from qvmcore.engine import Engine
 from qvmcore.errors import EngineError, PluginError
-from qvmcore.plugins import PluginHost
+from qvmcore.plugins import KNOWN, PluginHost
 
 log = logging.getLogger("qvm")
 
 #: The project's own engines and what brings them, for the hint of an error; native ones first.
-DISTRIBUTIONS = {"kvm": "qvm-kvm", "emulated": "qvm-emulator"}
+DISTRIBUTIONS = {name: KNOWN[name] for name in ("kvm", "emulated")}
 
 
 @dataclass(frozen=True, slots=True)

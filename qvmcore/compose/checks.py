@@ -160,14 +160,13 @@ def _check_intr(
         return
     controllers = {controller.name: controller for controller in board.controllers}
     controller = controllers.get(spec.intr.controller)
+    known = ", ".join(name for name, each in controllers.items() if each.lines)
     if controller is None:
-        known = ", ".join(name for name, each in controllers.items() if each.lines)
         text = f"intr: there is no interrupt controller {spec.intr.controller!r}"
         hint = nearest(spec.intr.controller, controllers) or f"{board.name} has {known}"
         problems.add(at, spec.where, text, hint)
         return
     if not controller.lines:
-        known = ", ".join(name for name, each in controllers.items() if each.lines)
         text = f"intr: {controller.name} is the board's own and has no lines for vdevs"
         problems.add(at, spec.where, text, f"{board.name} has {known}")
         return

@@ -8,6 +8,7 @@ from qvmcore.bus import AddressSpace, Mapped
 from qvmcore.engine import Controller, CpuEntry, Engine, Guest, GuestConfig, MsiFrame
 from qvmcore.errors import (
     BadDescriptorChain,
+    ClientError,
     ConfigError,
     EngineError,
     GuestError,
@@ -23,9 +24,12 @@ from qvmcore.hookspecs import hookimpl
 from qvmcore.irq import IrqLine, NullIrq
 from qvmcore.memory import GuestMemory, MemoryRegion
 from qvmcore.options import Address, HostPath, Size
+from qvmcore.pci.bar import Bar
 from qvmcore.pci.capability import Capability, ConfigWindow
-from qvmcore.pci.function import PciFunction
+from qvmcore.pci.function import FunctionPort, PciFunction
+from qvmcore.pci.interrupts import PciInterrupts
 from qvmcore.pci.vdev import BarWindow, PciVdev
+from qvmcore.server import Served, Server, Session
 from qvmcore.termination import Phase, TerminationCallback
 from qvmcore.types import (
     DirectPart,
@@ -53,9 +57,11 @@ __all__ = [
     "Address",
     "AddressSpace",
     "BadDescriptorChain",
+    "Bar",
     "BarWindow",
     "Capability",
     "Chain",
+    "ClientError",
     "ConfigError",
     "ConfigWindow",
     "Controller",
@@ -66,6 +72,7 @@ __all__ = [
     "EngineError",
     "EventFd",
     "FdtNode",
+    "FunctionPort",
     "Guest",
     "GuestConfig",
     "GuestEnd",
@@ -87,11 +94,15 @@ __all__ = [
     "PciAddress",
     "PciFunction",
     "PciId",
+    "PciInterrupts",
     "PciVdev",
     "Phase",
     "PluginError",
     "QvmError",
     "Reason",
+    "Served",
+    "Server",
+    "Session",
     "Size",
     "TerminationCallback",
     "Trigger",

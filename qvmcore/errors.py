@@ -7,6 +7,7 @@
      +-- PluginError       a plugin distribution               -> exit 64 (65 when the VM file names it)
      +-- HostError         a file, device or call of the host  -> exit 64 before start, 96 after
      +-- NotQuiet          a physical device is not proven quiet -> exit 8
+     +-- ClientError       a client of `qvm serve` broke its protocol: its connection ends
      +-- EngineError       the engine cannot run this guest    -> exit 64 before start, 96 after
      +-- GuestError        the guest did something illegal; the device fails, the VM lives
           +-- GuestMemoryError
@@ -76,6 +77,10 @@ class HostError(QvmError):
 
 class NotQuiet(QvmError):
     """A physical device could not be proven quiet: it may still write to memory or interrupt."""
+
+
+class ClientError(QvmError):
+    """A client of ``qvm serve`` broke its protocol; its connection is closed, everybody else goes on."""
 
 
 class EngineError(QvmError):

@@ -14,6 +14,7 @@ import pluggy
 
 from qvmcore.engine import Engine, Guest
 from qvmcore.irq import IrqLine
+from qvmcore.server import Server
 from qvmcore.termination import TerminationCallback
 from qvmcore.types import IntrSpec, MmioHandler, PciAddress, VdevSpec, Window
 from qvmcore.vdev import Vdev, VdevContext
@@ -43,6 +44,11 @@ def qvm_vdev_types() -> Iterable[type[Vdev]]:  # type: ignore[empty-body]
 @hookspec
 def qvm_engines() -> Iterable[Engine]:  # type: ignore[empty-body]
     """Discovery: the engines of a plugin (entry-point group ``qvm.engine.v1``)."""
+
+
+@hookspec
+def qvm_servers() -> Iterable[Server]:  # type: ignore[empty-body]
+    """Discovery: the servers of a plugin for ``qvm serve`` (entry-point group ``qvm.server.v1``)."""
 
 
 @hookspec

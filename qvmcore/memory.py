@@ -3,7 +3,8 @@
 Every region is one shared mapping, so an engine, a vhost-user client and a vdev all see the same
 bytes and no access copies. Views are plain ``memoryview`` slices: pass them to ``os.preadv``.
 
-Thread-safe: regions are added before the guest starts and looked up without a lock afterwards.
+Lookups need no lock, on any thread. The regions of a guest of our own are there before it starts; those
+of a guest elsewhere (``qvm serve``) come and go, while nobody serves a queue.
 """
 
 from __future__ import annotations
@@ -25,22 +26,52 @@ class MemoryRegion:
     """
 
     def __init__(self, spec: MemorySpec) -> None:
+        try:
+            fd = os.memfd_create(f"qvm-ram-{spec.start:x}", os.MFD_CLOEXEC)
+            os.ftruncate(fd, spec.size)
+        except (OSError, OverflowError) as error:
+            raise _unmappable(spec.size, error) from error
+        self._map_file(spec, fd, 0, writable=True)
+
+    @classmethod
+    def adopt(cls, start: int, size: int, fd: int, offset: int = 0, *, writable: bool = True) -> MemoryRegion:
+        """Memory of another process: ``size`` bytes at ``offset`` of the file behind ``fd``.
+
+        Takes the descriptor over, on failure too. What is not ``writable`` is as a ROM. Raises HostError
+        for a file that is too short or cannot be mapped. A process that makes its file shorter later
+        takes the pages away from under us: it has to be trusted that far.
+        """
+        region = cls.__new__(cls)
+        try:
+            length = os.fstat(fd).st_size
+        except OSError as error:
+            os.close(fd)
+            raise _unmappable(size, error) from error
+        if size <= 0 or offset < 0 or length < offset + size:
+            os.close(fd)
+            raise HostError(f"[{offset:#x}, +{size:#x}) is not inside a file of {length:#x} bytes")
+        region._map_file(MemorySpec(start, size, rom=not writable), fd, offset, writable)
+        return region
+
+    def _map_file(self, spec: MemorySpec, fd: int, offset: int, writable: bool) -> None:
         self.start = spec.start
         self.size = spec.size
         self.end = spec.end
         self.rom = spec.rom
+        self.fd = fd
+        lead = offset % mmap.ALLOCATIONGRANULARITY
+        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
         try:
-            self.fd = os.memfd_create(f"qvm-ram-{spec.start:x}", os.MFD_CLOEXEC)
-            os.ftruncate(self.fd, spec.size)
-            self._map = mmap.mmap(self.fd, spec.size)
+            self._map = mmap.mmap(fd, lead + spec.size, access=access, offset=offset - lead)
         except (OSError, OverflowError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise HostError(f"cannot map {spec.size} bytes of guest memory: {reason}") from error
-        self.view = memoryview(self._map)
+            os.close(fd)
+            raise _unmappable(spec.size, error) from error
+        self._whole = memoryview(self._map)
+        self.view = self._whole[lead:]
 
     @property
     def host_address(self) -> int:
-        """Address of the first byte in this process, for engines that map memory by pointer."""
+        """Address of the first byte in this process, for engines that map their own memory by pointer."""
         return ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
     def close(self) -> None:
@@ -51,6 +82,7 @@ class MemoryRegion:
         self.fd = -1
         try:
             self.view.release()
+            self._whole.release()
             self._map.close()
         except BufferError:
             # A worker that could not be stopped still holds a view; the pages go with the process.
@@ -98,6 +130,15 @@ class GuestMemory:
         """Whether the whole range is guest memory."""
         return size >= 0 and any(r.start <= address and address + size <= r.end for r in self._regions)
 
+    def replace(self, regions: Iterable[MemoryRegion]) -> None:
+        """Other regions from now on; the old ones are not closed.
+
+        For memory that its owner adds and takes away. Who may be inside it has to be out of it before:
+        running queues keep views of their own (``VirtioState.remap``).
+        """
+        self._regions = tuple(sorted(regions, key=lambda r: r.start))
+        self._first = self._regions[0] if self._regions else None
+
     def close(self) -> None:
         """Unmap everything; idempotent."""
         for region in self._regions:
@@ -109,3 +150,8 @@ class GuestMemory:
                 if region.start <= address and address + size <= region.end:
                     return region
         raise GuestMemoryError(f"[{address:#x}, +{size:#x}) is not guest memory")
+
+
+def _unmappable(size: int, error: Exception) -> HostError:
+    reason = getattr(error, "strerror", None) or error
+    return HostError(f"cannot map {size} bytes of guest memory: {reason}")

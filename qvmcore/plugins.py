@@ -11,7 +11,7 @@ an import.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from qvmcore.api import API_VERSION
 from qvmcore.engine import Engine, Guest
 from qvmcore.errors import PluginError, nearest
 from qvmcore.irq import IrqLine
+from qvmcore.server import Server
 from qvmcore.termination import TerminationCallback
 from qvmcore.types import IntrSpec, MmioHandler, PciAddress, VdevSpec, Window
 from qvmcore.vdev import Vdev, VdevContext
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
 MAJOR = API_VERSION[0]
 VDEV_GROUP = f"qvm.vdev.v{MAJOR}"
 ENGINE_GROUP = f"qvm.engine.v{MAJOR}"
+SERVER_GROUP = f"qvm.server.v{MAJOR}"
 COMMAND_GROUP = f"qvm.command.v{MAJOR}"
-_GROUP = re.compile(r"qvm\.(vdev|engine|command)\.v(\d+)")
+_GROUP = re.compile(r"qvm\.(vdev|engine|server|command)\.v(\d+)")
 
 #: Which distribution brings what, for the hint of an error; the project's own, and no others.
 KNOWN = {
@@ -53,6 +55,8 @@ KNOWN = {
     "quiesce": "qvm-quiesce",
     "emulated": "qvm-emulator",
     "kvm": "qvm-kvm",
+    "vhost-user": "qvm-vhost-user",
+    "vfio-user": "qvm-vfio-user",
     "guest": "qvm-guests",
 }
 
@@ -70,7 +74,7 @@ class EntryInfo:
 
     @property
     def kind(self) -> str:
-        """``vdev``, ``engine`` or ``command``."""
+        """``vdev``, ``engine``, ``server`` or ``command``."""
         return self.group.split(".")[1]
 
     @property
@@ -131,6 +135,10 @@ class PluginHost:
         """The installed engines by name."""
         return self._named("engine")
 
+    def server_names(self) -> Mapping[str, EntryInfo]:
+        """The installed servers of ``qvm serve`` by name."""
+        return self._named("server")
+
     def command_names(self) -> Mapping[str, EntryInfo]:
         """The installed sub-commands by name."""
         return self._named("command")
@@ -154,7 +162,10 @@ class PluginHost:
     def catalogue(self, *, load: bool = False) -> list[EntryInfo]:
         """Every entry point of every API version, for ``qvm plugins``; ``load`` tries the imports."""
         if load:
-            for kind, get in (("vdev", self.vdev_class), ("engine", self.engine), ("command", self.command)):
+            loaders: Mapping[str, Callable[[str], object]] = {
+                "vdev": self.vdev_class, "engine": self.engine, "server": self.server, "command": self.command,
+            }  # fmt: skip
+            for kind, get in loaders.items():
                 for name in self._named(kind):
                     try:
                         get(name)
@@ -184,12 +195,21 @@ class PluginHost:
 
     def engine(self, name: str) -> Engine:
         """The engine called ``name``. Raises PluginError with what to install or repair."""
-        info, module = self._load("engine", name)
-        for engine in self._declared(info, module, "qvm_engines"):
-            if getattr(engine, "name", None) == name:
-                chosen: Engine = engine() if isinstance(engine, type) else engine
-                return chosen
-        raise self._fail(info, f"its qvm_engines() does not return an engine named {name!r}")
+        engine: Engine = self._named_object("engine", name)
+        return engine
+
+    def server(self, name: str) -> Server:
+        """The server called ``name``. Raises PluginError with what to install or repair."""
+        server: Server = self._named_object("server", name)
+        return server
+
+    def _named_object(self, kind: str, name: str) -> Any:
+        info, module = self._load(kind, name)
+        hook = f"qvm_{kind}s"
+        for each in self._declared(info, module, hook):
+            if getattr(each, "name", None) == name:
+                return each() if isinstance(each, type) else each
+        raise self._fail(info, f"its {hook}() does not return a {kind} named {name!r}")
 
     def command(self, name: str) -> click.Command:
         """The sub-command ``name`` of a plugin. Raises PluginError."""

@@ -161,6 +161,18 @@ class PciFunction:
             if self.bus_master and not was_master:
                 self.on_bus_master(True)
 
+    def reset(self) -> None:
+        """Configuration space, BARs and MSI-X table as after power-on; not the device behind it."""
+        with self._lock:
+            was_master = self.bus_master
+            multifunction = self._bytes[spec.HEADER_TYPE]
+            self._bytes[:] = self._layout.initial
+            self._bytes[spec.HEADER_TYPE] = multifunction
+            if was_master:
+                self.on_bus_master(False)
+            self.interrupts.reset()
+            self._place_bars()
+
     # ---- inside ------------------------------------------------------------------------------------
 
     def _written(self, start: int, end: int) -> None:

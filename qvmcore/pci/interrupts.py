@@ -42,6 +42,9 @@ class PciInterrupts:
         self.intx = intx
         #: Told on a vCPU thread, with the function's lock held, when the guest switches MSI-X on or off.
         self.on_msix: Callable[[bool], None] = lambda enabled: None
+        #: Whoever keeps the MSI-X table instead of us takes the vectors here, any thread; set before the
+        #: guest starts. Masked vectors are then his business.
+        self.on_vector: Callable[[int], None] | None = None
         self._lock = threading.Lock()
         self._port: InterruptPort | None = None
         self.resize(vectors)
@@ -78,6 +81,10 @@ class PciInterrupts:
         disabled. A function that may not master the bus cannot send: the vector stays pending.
         """
         if not 0 <= vector < self.vectors:
+            return
+        if self.on_vector is not None:
+            if self._enabled:
+                self.on_vector(vector)
             return
         with self._lock:
             if self._enabled:
@@ -128,6 +135,18 @@ class PciInterrupts:
             self._deliver(self._pending)
         if was_enabled != self._enabled:
             self.on_msix(self._enabled)
+
+    def reset(self) -> None:
+        """As after power-on; the levels of the sources stay, they are the device's."""
+        with self._lock:
+            was_enabled = self._enabled
+            for row in self._table:
+                row[:] = [0, 0, 0, _MASKED]
+            self._pending = 0
+            self._enabled = self._function_mask = self._bus_master = self._intx_disabled = False
+            self._update_intx()
+        if was_enabled:
+            self.on_msix(False)
 
     @property
     def pba_offset(self) -> int:

@@ -20,7 +20,9 @@ device stays in DEVICE_NEEDS_RESET|FAILED and is reported as faulty.
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -39,6 +41,7 @@ from qvmcore.virtio.transport import NoTransport, Transport
 
 if TYPE_CHECKING:
     from qvmcore.virtio.device import VirtioVdev
+    from qvmcore.virtio.inflight import Inflight
 
 #: Seconds a reset waits for the worker to leave the device's code.
 QUIESCE_TIMEOUT = 1.0
@@ -68,7 +71,7 @@ class VirtioState:
         #: The driver's view of ``config_space()``, for transports.
         self.config = ConfigSnapshot(lambda: vdev.config_space())
         self._transport: Transport = NoTransport()
-        self._transport_features = 0
+        self._transport_features = self._withheld = 0
         self._control = threading.RLock()
         self._lock = threading.Lock()
         self._status = 0
@@ -78,6 +81,7 @@ class VirtioState:
         self._setups = tuple(QueueSetup(size) for size in _checked_sizes(vdev))
         self._queues: list[Virtqueue | None] = [None] * len(self._setups)
         self._doorbells: tuple[EventFd, ...] = ()
+        self._kicks: dict[int, int] = {}  # descriptors of the transport that ring for a queue, too
         self._at_once: dict[int, Callable[[], bool]] = {}
         self._activated = False
         self._touched = False  # the device has something to undo at a reset
@@ -142,15 +146,19 @@ class VirtioState:
 
     # ---- for transports: set-up -----------------------------------------------------------
 
-    def attach(self, transport: Transport, features: int = 0, *, fast_doorbells: bool = False) -> None:
+    def attach(
+        self, transport: Transport, features: int = 0, *, fast_doorbells: bool = False, withheld: int = 0
+    ) -> None:
         """Connect the one transport, before the guest starts; allocates the doorbells.
 
         ``features`` are those the transport adds to the offer: NOTIFICATION_DATA when it passes
-        all 32 bits of a notification to :meth:`notify`. ``fast_doorbells``: a notification signals a
-        doorbell instead of being a call on a vCPU thread, where the device may serve the queue at once.
+        all 32 bits of a notification to :meth:`notify`; ``withheld`` those it cannot carry.
+        ``fast_doorbells``: a notification signals a doorbell instead of being a call on a vCPU thread,
+        where the device may serve the queue at once.
         """
         self._transport = transport
         self._transport_features = features
+        self._withheld = withheld
         self._serves_now &= not fast_doorbells
         self._doorbells = tuple(EventFd() for _ in self._setups)
         ctx = self._vdev.ctx
@@ -166,7 +174,8 @@ class VirtioState:
     def offered(self) -> int:
         """The features offered: the device's own, the core's and the transport's."""
         in_order = self._vdev.in_order << spec.VIRTIO_F_IN_ORDER
-        return self._vdev.device_features() | CORE_FEATURES | self._transport_features | in_order
+        features = self._vdev.device_features() | CORE_FEATURES | self._transport_features | in_order
+        return features & ~self._withheld
 
     # ---- for transports: registers, on vCPU threads ---------------------------------------
 
@@ -206,10 +215,10 @@ class VirtioState:
                 self._status |= new & (_WELCOME | spec.FAILED)
                 if new & spec.FAILED:
                     self._kill_queues()
-            if new & spec.FEATURES_OK and self._features_ok():
-                with self._lock:
-                    self._features = self._driver_features
-                    self._status |= spec.FEATURES_OK
+            if new & spec.FEATURES_OK:
+                reason = self._accept_features()
+                if reason:
+                    self._vdev.ctx.log.debug("FEATURES_OK refused: %s", reason)
             if new & spec.DRIVER_OK and not self._status & (spec.DEVICE_NEEDS_RESET | spec.FAILED):
                 self._activate()
 
@@ -335,6 +344,128 @@ class VirtioState:
                 if queue is not None:
                     doorbell.signal()
 
+    # ---- for a transport whose driver is elsewhere (vhost-user), on its thread ------------------
+
+    def negotiate(self, features: int) -> None:
+        """What a driver does from ACKNOWLEDGE to FEATURES_OK, after a reset if it had chosen others.
+
+        The same features again change nothing. Raises GuestError when they are not acceptable.
+        """
+        with self._control:
+            if self._status & spec.FEATURES_OK and features == self._features:
+                return
+            self.reset()
+            self._check_alive()
+            self._status |= _WELCOME
+            self._driver_features = features
+            reason = self._accept_features()
+            if reason:
+                raise GuestError(reason)
+
+    def start_queue(
+        self,
+        index: int,
+        size: int,
+        desc: int,
+        driver: int,
+        device: int,
+        *,
+        position: int | None = None,
+        kick: int = -1,
+        inflight: Inflight | None = None,
+    ) -> None:
+        """Serve a queue from ``position`` on, None for a fresh one; the first one activates the device.
+
+        Addresses are guest-physical. ``kick`` is a non-blocking descriptor that rings for the queue
+        beside its doorbell; it stays the caller's. ``inflight`` keeps record of the chains in hand.
+        Raises GuestError when that is impossible.
+        """
+        with self._control:
+            self._check_alive()
+            setup = self.setup(index)
+            if setup is None or not self._status & spec.FEATURES_OK:
+                wrong = "it has no such queue" if setup is None else "no features were negotiated"
+                raise GuestError(f"queue {index}: {wrong}")
+            if setup.ready:
+                raise GuestError(f"queue {index}: it runs already")
+            setup.reset()
+            setup.size, setup.desc, setup.driver, setup.device = size, desc, driver, device
+            try:
+                setup.enable(self._vdev.ctx.memory, self._features)
+                self._make_queue(index, setup, position, inflight)
+            except GuestError as error:
+                setup.reset()
+                raise type(error)(f"queue {index}: {error}") from error
+            if kick >= 0:
+                self._kicks[index] = kick
+            if not self._activated:
+                self._driver_ok()
+            self._serve_queue(index)
+
+    def stop_queue(self, index: int, timeout: float) -> int | None:
+        """Serve the queue no longer: its position, None when it does not run.
+
+        No more chains are taken; those in hand get ``timeout`` seconds to be given back, then they are
+        void. Nothing touches the rings or the kick descriptor afterwards. Raises HostError when the
+        worker does not come, as for a reset; the device is lost then.
+        """
+        with self._control:
+            setup = self.setup(index)
+            queue = self._queues[index] if setup is not None else None
+            if setup is None or queue is None or self._hung:
+                return None
+            queue.close()
+            if not _drained([queue], timeout):
+                self._vdev.ctx.log.warning("queue %d: stopped with %d chains in hand", index, queue.in_hand)
+            self._unwatch(index)
+
+            def end() -> None:
+                queue.kill()
+                self._vdev.on_queue_reset(index)
+
+            if not self._quiesce(end):
+                raise HostError(f"queue {index}: the worker still runs and may use guest memory")
+            with self._lock:
+                self._queues[index] = None
+            setup.reset()
+            return queue.position
+
+    def remap(self, change: Callable[[], None]) -> None:
+        """Call ``change``, which replaces regions of guest memory, with the device out of all of it.
+
+        Queues that run are found again at the same guest-physical addresses; where that is impossible,
+        or chains in hand are not given back in time, the device needs a reset. Raises HostError, without
+        the call, when the worker does not come; the device is lost then.
+        """
+        with self._control:
+            live = [queue for queue in self._queues if queue is not None and not queue.dead]
+            if not live or self._hung:
+                change()
+                return
+            held, self._held = self._held, True
+            try:
+                # Held, the worker takes nothing new; what others have in hand comes back meanwhile.
+                idle = _drained(live, QUIESCE_TIMEOUT)
+                if not self._quiesce(change):
+                    raise HostError("the worker still runs and may use guest memory")
+                if not idle:
+                    self.needs_reset(GuestError("memory changed with chains in hand"))
+                    return
+                for queue in live:
+                    try:
+                        self._setups[queue.index].rebind(self._vdev.ctx.memory, queue)
+                    except GuestError as error:
+                        self.needs_reset(type(error)(f"queue {queue.index}: {error}"))
+                        return
+            finally:
+                self._held = held
+                for queue in live:
+                    self._doorbells[queue.index].signal()
+
+    def _check_alive(self) -> None:
+        if self._hung or self._ended or self._status & (spec.DEVICE_NEEDS_RESET | spec.FAILED):
+            raise GuestError("the device needs a reset" if not self._hung else "the device hangs")
+
     def reset(self) -> None:
         """Back to the fresh state (2.4). Any thread; waits for the worker, bounded."""
         with self._control:
@@ -356,41 +487,46 @@ class VirtioState:
 
     # ---- inside ----------------------------------------------------------------------------
 
-    def _features_ok(self) -> bool:
-        """Whether the driver's choice is acceptable (2.2.2, 3.1.1 steps 5 and 6; 6.2 for VERSION_1)."""
+    def _accept_features(self) -> str:
+        """Take the driver's choice; why not, if it is not acceptable (2.2.2, 3.1.1 steps 5 and 6; 6.2)."""
         chosen = self._driver_features
         if self._status & _WELCOME != _WELCOME:
-            reason = "ACKNOWLEDGE and DRIVER are not set"
-        elif self._beyond or chosen & ~self.offered:
-            reason = f"features {chosen & ~self.offered:#x} were not offered"
-        elif not chosen >> spec.VIRTIO_F_VERSION_1 & 1:
-            reason = "VIRTIO_F_VERSION_1 was not accepted"
-        else:
-            reason = self._vdev.refuse_features(chosen)
-        if reason:
-            self._vdev.ctx.log.debug("FEATURES_OK refused: %s", reason)
-        return not reason
+            return "ACKNOWLEDGE and DRIVER are not set"
+        if self._beyond or chosen & ~self.offered:
+            return f"features {chosen & ~self.offered:#x} were not offered"
+        if not chosen >> spec.VIRTIO_F_VERSION_1 & 1:
+            return "VIRTIO_F_VERSION_1 was not accepted"
+        reason = self._vdev.refuse_features(chosen)
+        if not reason:
+            with self._lock:
+                self._features = chosen
+                self._status |= spec.FEATURES_OK
+        return reason
 
     def _activate(self) -> None:
         if not self._status & spec.FEATURES_OK or self._activated:
             return
-        vdev = self._vdev
         for index, setup in enumerate(self._setups):
             if setup.ready:
                 self._make_queue(index, setup)
-        with self._lock:
-            self._status |= spec.DRIVER_OK
-            self._activated = self._touched = True
-        try:
-            vdev.on_activate(self._features)
-        except Exception as error:
-            self.needs_reset(error)
-            raise
+        self._driver_ok()
         for index, queue in enumerate(self._queues):
             if queue is not None:
                 self._serve_queue(index)
 
-    def _make_queue(self, index: int, setup: QueueSetup) -> None:
+    def _driver_ok(self) -> None:
+        with self._lock:
+            self._status |= spec.DRIVER_OK
+            self._activated = self._touched = True
+        try:
+            self._vdev.on_activate(self._features)
+        except Exception as error:
+            self.needs_reset(error)
+            raise
+
+    def _make_queue(
+        self, index: int, setup: QueueSetup, position: int | None = None, inflight: Inflight | None = None
+    ) -> None:
         queue = setup.make(
             index,
             self._vdev.ctx.memory,
@@ -398,6 +534,8 @@ class VirtioState:
             partial(self._transport.interrupt_queue, index),
             self.needs_reset,
             self._doorbells[index].signal,
+            position=position,
+            inflight=inflight,
         )
         with self._lock:
             self._queues[index] = queue
@@ -407,19 +545,30 @@ class VirtioState:
 
     def _serve_queue(self, index: int) -> None:
         """Have the worker listen to a queue."""
-        doorbell = self._doorbells[index]
-        self._vdev.ctx.worker.watch(doorbell.fd, self._server(index))
+        doorbell, worker = self._doorbells[index], self._vdev.ctx.worker
+        worker.watch(doorbell.fd, self._server(index, doorbell.drain))
+        kick = self._kicks.get(index)
+        if kick is not None:
+            worker.watch(kick, self._server(index, partial(self._drain_kick, kick)))
         if self._serves_now:
             self._at_once[index] = visitor(index, self.queue, self._vdev.serve_now, self.needs_reset)
         # Buffers offered before this came without a notification.
         doorbell.signal()
 
-    def _server(self, index: int) -> Callable[[], None]:
+    def _drain_kick(self, kick: int) -> None:
+        try:
+            if not os.read(kick, 8):
+                # Whoever could ring has gone; what has no end would be readable for ever.
+                self._vdev.ctx.worker.unwatch(kick)
+        except BlockingIOError:
+            pass
+
+    def _server(self, index: int, drain: Callable[[], object]) -> Callable[[], None]:
         """What the worker does for a ring of the doorbell: drain the queue, then one notification."""
-        doorbell, queues, handle = self._doorbells[index], self._queues, self._vdev.handle_queue
+        queues, handle = self._queues, self._vdev.handle_queue
 
         def serve() -> None:
-            doorbell.drain()
+            drain()
             queue = queues[index]
             if queue is None or queue.dead or self._held:
                 return
@@ -440,8 +589,15 @@ class VirtioState:
     def _silence(self) -> None:
         self._kill_queues()
         if self._activated:
-            for doorbell in self._doorbells:
-                self._vdev.ctx.worker.unwatch(doorbell.fd)
+            for index in range(len(self._doorbells)):
+                self._unwatch(index)
+
+    def _unwatch(self, index: int) -> None:
+        worker = self._vdev.ctx.worker
+        worker.unwatch(self._doorbells[index].fd)
+        kick = self._kicks.pop(index, None)
+        if kick is not None:
+            worker.unwatch(kick)
 
     def _quiesce(self, then: Callable[[], None]) -> bool:
         """Run ``then`` with the worker idle; False, and the device is lost, when it does not come."""
@@ -472,6 +628,16 @@ class VirtioState:
             doorbell.close()
         # The queues hold views of guest memory, which can be unmapped only without them.
         self._queues = [None] * len(self._queues)
+
+
+def _drained(queues: Sequence[Virtqueue], timeout: float) -> bool:
+    """Wait until every chain was given back; False after ``timeout`` seconds."""
+    deadline = time.monotonic() + timeout
+    while any(queue.in_hand and not queue.dead for queue in queues):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.0005)
+    return True
 
 
 def _checked_sizes(vdev: VirtioVdev) -> tuple[int, ...]:

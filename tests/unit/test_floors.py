@@ -18,7 +18,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"vdev", "termination"}),
     frozenset({"pci"}),
     frozenset({"virtio"}),
-    frozenset({"hookspecs", "api"}),
+    frozenset({"hookspecs", "api", "server"}),
     frozenset({"plugins"}),
     frozenset(
         {
@@ -40,9 +40,11 @@ FLOORS: tuple[frozenset[str], ...] = (
             "control",
             "rundir",
             "inquiry",
+            "bind_served",
+            "served",
         }
     ),
-    frozenset({"machine"}),
+    frozenset({"machine", "service"}),
     frozenset({"cli"}),
 )
 SIDE = "testing"
@@ -94,6 +96,8 @@ SAME_FLOOR: list[set[str]] = [
     {"bus", "engine"},
     {"vdev", "termination"},
     {"hookspecs", "api"},
+    {"hookspecs", "server"},
+    {"api", "server"},
     {"compose", "toml_source"},
     {"compose", "layout"},
     {"compose", "boards"},

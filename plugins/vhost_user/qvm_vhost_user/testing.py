@@ -1,0 +1,373 @@
+"""The other side of the protocol: a vhost-user client for tests and benchmarks, without pytest.
+
+:class:`Client` speaks it message by message, well or badly: :meth:`Client.send_raw` sends any bytes with
+any descriptors. A virtio driver on top of it is in :mod:`qvm_vhost_user.testing_driver`.
+
+::
+
+    client = Client.connect("DIR/disk.sock")
+    client.negotiate()
+    client.set_mem_table([Region(0x8000_0000, size, USER, memfd)])
+
+One thread. Numbers are in the byte order of the machine. Clauses: "vhost-user protocol" of QEMU's
+interop documents, by message name.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import socket
+import struct
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+#: Flags of a header: version 1 in the low two bits.
+VERSION, REPLY, NEED_REPLY = 1, 4, 8
+#: Feature bits that belong to the protocol and not to virtio.
+F_LOG_ALL, F_PROTOCOL_FEATURES = 26, 30
+#: In the number of a kick, call or error descriptor: none is sent.
+NO_FD = 1 << 8
+#: Most descriptors one message may carry on Linux (SCM_MAX_FD).
+FDS_MAX = 253
+
+HEADER = struct.Struct("=III")
+U64 = struct.Struct("=Q")
+STATE = struct.Struct("=II")
+ADDRESS = struct.Struct("=IIQQQQ")
+REGION = struct.Struct("=QQQQ")
+TABLE = struct.Struct("=II")
+CONFIG = struct.Struct("=III")
+INFLIGHT = struct.Struct("=QQHH")
+
+
+class Message(enum.IntEnum):
+    """Requests of the client."""
+
+    GET_FEATURES = 1
+    SET_FEATURES = 2
+    SET_OWNER = 3
+    RESET_OWNER = 4
+    SET_MEM_TABLE = 5
+    SET_LOG_BASE = 6
+    SET_LOG_FD = 7
+    SET_VRING_NUM = 8
+    SET_VRING_ADDR = 9
+    SET_VRING_BASE = 10
+    GET_VRING_BASE = 11
+    SET_VRING_KICK = 12
+    SET_VRING_CALL = 13
+    SET_VRING_ERR = 14
+    GET_PROTOCOL_FEATURES = 15
+    SET_PROTOCOL_FEATURES = 16
+    GET_QUEUE_NUM = 17
+    SET_VRING_ENABLE = 18
+    SET_BACKEND_REQ_FD = 21
+    GET_CONFIG = 24
+    SET_CONFIG = 25
+    GET_INFLIGHT_FD = 31
+    SET_INFLIGHT_FD = 32
+    RESET_DEVICE = 34
+    GET_MAX_MEM_SLOTS = 36
+    ADD_MEM_REG = 37
+    REM_MEM_REG = 38
+    SET_STATUS = 39
+    GET_STATUS = 40
+
+
+class Feature(enum.IntEnum):
+    """Protocol features this client uses, bit numbers."""
+
+    MQ = 0
+    REPLY_ACK = 3
+    BACKEND_REQ = 5
+    CONFIG = 9
+    INFLIGHT_SHMFD = 12
+    RESET_DEVICE = 13
+    CONFIGURE_MEM_SLOTS = 15
+    STATUS = 16
+
+
+#: Everything of it.
+ALL_FEATURES = sum(1 << bit for bit in Feature)
+
+#: Request of the server: the configuration changed.
+CONFIG_CHANGE = 2
+
+
+class Closed(Exception):
+    """The server closed the connection."""
+
+
+class Refused(Exception):
+    """The server answered that it did not do what it was asked."""
+
+
+class Received(NamedTuple):
+    """A message as it came; its descriptors are the receiver's."""
+
+    request: int
+    flags: int
+    payload: bytes
+    fds: list[int]
+
+
+class Region(NamedTuple):
+    """A part of guest memory: guest-physical and client addresses, and the file it is in."""
+
+    guest: int
+    size: int
+    user: int
+    fd: int
+    offset: int = 0
+
+    def pack(self) -> bytes:
+        """As it stands in a memory table."""
+        return REGION.pack(self.guest, self.size, self.user, self.offset)
+
+
+class Inflight(NamedTuple):
+    """What the server wants remembered about requests it holds; the descriptor is the receiver's."""
+
+    size: int
+    offset: int
+    queues: int
+    queue_size: int
+    fd: int
+
+    def pack(self) -> bytes:
+        """As it is sent back."""
+        return INFLIGHT.pack(self.size, self.offset, self.queues, self.queue_size)
+
+
+class Client:
+    """One connection to a vhost-user server. A context manager; ``timeout`` seconds bound every wait.
+
+    ``protocol`` are the protocol features in force. Requests raise Closed, or Refused when REPLY_ACK
+    is in force, or TimeoutError.
+    """
+
+    def __init__(self, connection: socket.socket, timeout: float = 10.0) -> None:
+        self.socket = connection
+        connection.settimeout(timeout)
+        self.protocol = 0
+
+    @classmethod
+    def connect(cls, path: Path | str, timeout: float = 10.0) -> Client:
+        """Connect to a socket; OSError when nobody listens within ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        while True:
+            connection = socket.socket(socket.AF_UNIX)
+            try:
+                connection.connect(str(path))
+                return cls(connection, timeout)
+            except (FileNotFoundError, ConnectionRefusedError):
+                connection.close()
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+
+    def close(self) -> None:
+        """Leave; idempotent."""
+        self.socket.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- bytes ---------------------------------------------------------------------------------
+
+    def send_raw(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Any bytes with any descriptors, which stay the caller's."""
+        try:
+            sent = socket.send_fds(self.socket, [data], list(fds)) if fds else 0
+            self.socket.sendall(data[sent:])
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise Closed(str(error)) from error
+
+    def send(
+        self,
+        request: int,
+        payload: bytes = b"",
+        fds: Sequence[int] = (),
+        *,
+        flags: int = VERSION,
+        size: int | None = None,
+    ) -> None:
+        """A message; ``size`` is what its header says, the truth by default."""
+        header = HEADER.pack(request, flags, len(payload) if size is None else size)
+        self.send_raw(header + payload, fds)
+
+    def receive(self) -> Received:
+        """The next message of the server, of at most 64 KiB."""
+        fds: list[int] = []
+        request, flags, size = HEADER.unpack(self._exactly(HEADER.size, fds))
+        assert size <= 0x10000, f"the server announces a payload of {size} bytes"
+        return Received(request, flags, self._exactly(size, fds), fds)
+
+    def _exactly(self, size: int, fds: list[int]) -> bytes:
+        data = b""
+        while len(data) < size:
+            try:
+                part, new, _, _ = socket.recv_fds(self.socket, size - len(data), FDS_MAX)
+            except ConnectionResetError as error:
+                raise Closed(str(error)) from error
+            fds += new
+            if not part:
+                raise Closed(f"the server closed the connection, {size - len(data)} bytes too early")
+            data += part
+        return data
+
+    def closed(self) -> bool:
+        """Wait until the server has closed; False, unless it does. What it still sends is dropped."""
+        try:
+            while True:
+                for fd in self.receive().fds:
+                    os.close(fd)
+        except Closed:
+            return True
+        except TimeoutError:
+            return False
+
+    # ---- requests --------------------------------------------------------------------------------
+
+    def ask(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> Received:
+        """A request that has an answer of its own."""
+        self.send(request, payload, fds)
+        answer = self.receive()
+        assert answer.request == request, f"asked {request}, answered {answer.request}"
+        assert answer.flags & 7 == VERSION | REPLY, f"the flags of an answer are {answer.flags:#x}"
+        return answer
+
+    def ask_u64(self, request: int) -> int:
+        """A request answered by a number."""
+        (value,) = U64.unpack(self.ask(request).payload)
+        return int(value)
+
+    def tell(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
+        """A request without an answer, acknowledged where REPLY_ACK is in force."""
+        if not self.has(Feature.REPLY_ACK):
+            self.send(request, payload, fds)
+            return
+        self.send(request, payload, fds, flags=VERSION | NEED_REPLY)
+        answer = self.receive()
+        assert answer.request == request, f"told {request}, {answer.request} was acknowledged"
+        (result,) = U64.unpack(answer.payload)
+        if result:
+            raise Refused(f"{_name(request)}: the server answers {result}")
+
+    def has(self, feature: Feature) -> bool:
+        """Whether a protocol feature is in force."""
+        return bool(self.protocol >> feature & 1)
+
+    def negotiate(self, wanted: int = ALL_FEATURES) -> int:
+        """SET_OWNER and the protocol features both have; those in force."""
+        self.tell(Message.SET_OWNER)
+        if self.ask_u64(Message.GET_FEATURES) >> F_PROTOCOL_FEATURES & 1:
+            self.set_protocol_features(self.ask_u64(Message.GET_PROTOCOL_FEATURES) & wanted)
+        return self.protocol
+
+    def set_protocol_features(self, features: int) -> None:
+        """SET_PROTOCOL_FEATURES; in force from the next message on."""
+        self.tell(Message.SET_PROTOCOL_FEATURES, U64.pack(features))
+        self.protocol = features
+
+    def set_mem_table(self, regions: Sequence[Region]) -> None:
+        """SET_MEM_TABLE: guest memory is this from now on."""
+        table = TABLE.pack(len(regions), 0) + b"".join(region.pack() for region in regions)
+        self.tell(Message.SET_MEM_TABLE, table, [region.fd for region in regions])
+
+    def add_mem_reg(self, region: Region) -> None:
+        """ADD_MEM_REG: one more region."""
+        self.tell(Message.ADD_MEM_REG, U64.pack(0) + region.pack(), [region.fd])
+
+    def rem_mem_reg(self, region: Region) -> None:
+        """REM_MEM_REG: one less."""
+        self.tell(Message.REM_MEM_REG, U64.pack(0) + region.pack())
+
+    def set_vring(self, request: Message, index: int, value: int) -> None:
+        """SET_VRING_NUM, _BASE or _ENABLE."""
+        self.tell(request, STATE.pack(index, value))
+
+    def set_vring_addr(self, index: int, desc: int, used: int, avail: int, flags: int = 0) -> None:
+        """SET_VRING_ADDR, in addresses of the client."""
+        self.tell(Message.SET_VRING_ADDR, ADDRESS.pack(index, flags, desc, used, avail, 0))
+
+    def set_vring_fd(self, request: Message, index: int, fd: int | None) -> None:
+        """SET_VRING_KICK, _CALL or _ERR; None sends no descriptor."""
+        if fd is None:
+            self.tell(request, U64.pack(index | NO_FD))
+        else:
+            self.tell(request, U64.pack(index), [fd])
+
+    def get_vring_base(self, index: int) -> int:
+        """GET_VRING_BASE: stops the ring; where it was."""
+        answered, base = STATE.unpack(self.ask(Message.GET_VRING_BASE, STATE.pack(index, 0)).payload)
+        assert answered == index, f"asked for ring {index}, answered for {answered}"
+        return int(base)
+
+    def get_config(self, offset: int, size: int) -> bytes:
+        """GET_CONFIG: bytes of the device configuration. Refused when the server says that it cannot."""
+        answer = self.ask(Message.GET_CONFIG, CONFIG.pack(offset, size, 0) + bytes(size)).payload
+        if len(answer) < CONFIG.size + size:
+            raise Refused(f"GET_CONFIG of {size} bytes at {offset}: {len(answer)} bytes came")
+        return answer[CONFIG.size :]
+
+    def set_config(self, offset: int, data: bytes, flags: int = 0) -> None:
+        """SET_CONFIG: the guest writes to the device configuration."""
+        self.tell(Message.SET_CONFIG, CONFIG.pack(offset, len(data), flags) + data)
+
+    def get_inflight(self, queues: int, queue_size: int) -> Inflight:
+        """GET_INFLIGHT_FD: a buffer the server remembers requests in."""
+        answer = self.ask(Message.GET_INFLIGHT_FD, INFLIGHT.pack(0, 0, queues, queue_size))
+        assert len(answer.fds) == 1, f"{len(answer.fds)} descriptors came with GET_INFLIGHT_FD"
+        size, offset, queues, queue_size = INFLIGHT.unpack(answer.payload)
+        return Inflight(size, offset, queues, queue_size, answer.fds[0])
+
+    def set_inflight(self, inflight: Inflight) -> None:
+        """SET_INFLIGHT_FD: give that buffer back, to the same server or the next."""
+        self.tell(Message.SET_INFLIGHT_FD, inflight.pack(), [inflight.fd])
+
+    def backend_channel(self) -> BackendChannel:
+        """SET_BACKEND_REQ_FD: a channel for requests of the server."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.tell(Message.SET_BACKEND_REQ_FD, b"", [theirs.fileno()])
+        return BackendChannel(ours)
+
+
+class BackendChannel:
+    """Our end of the channel for requests of the server; ``config_changes`` counts those of that kind."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self.socket = channel
+        self.config_changes = 0
+
+    def poll(self, timeout: float = 0.0) -> int:
+        """Take what came, waiting at most ``timeout`` seconds for the first; how many config changes yet."""
+        self.socket.settimeout(timeout)
+        try:
+            while header := self.socket.recv(HEADER.size, socket.MSG_WAITALL if timeout else 0):
+                request, flags, size = HEADER.unpack(header)
+                assert flags & 7 == VERSION, f"a request of the server has flags {flags:#x}"
+                assert size == 0, f"a configuration change has no payload, but {size} bytes came"
+                assert request == CONFIG_CHANGE, f"the server asks for {request}"
+                self.config_changes += 1
+                if flags & NEED_REPLY:
+                    self.socket.sendall(HEADER.pack(request, VERSION | REPLY, U64.size) + U64.pack(0))
+                self.socket.settimeout(0)
+        except (TimeoutError, BlockingIOError):
+            pass
+        return self.config_changes
+
+    def close(self) -> None:
+        """Close our end."""
+        self.socket.close()
+
+
+def _name(request: int) -> str:
+    return Message(request).name if request in set(Message) else f"message {request}"

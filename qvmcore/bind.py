@@ -31,6 +31,11 @@ class DefaultBindings:
         self.functions: dict[int, PciFunction] = {}
         self.interrupts: dict[int, PciInterrupts] = {}
 
+    def forget(self, vdev: Vdev) -> None:
+        """The vdev is gone; another one may get its ``id``."""
+        self.functions.pop(id(vdev), None)
+        self.interrupts.pop(id(vdev), None)
+
     @hookimpl(trylast=True)
     def qvm_create_vdev(self, spec: VdevSpec, cls: type[Vdev], ctx: VdevContext) -> Vdev:
         """Call the class."""

@@ -14,11 +14,12 @@ from qvmcore.layout import pci_routes
 from qvmcore.pci.function import PciFunction
 from qvmcore.pci.host import ECAM_WINDOW, HostBridge
 from qvmcore.pci.intx import SharedLine
+from qvmcore.pci.plain import plain_function_of
 from qvmcore.pci.ports import CONFIG_PORTS, ConfigPorts
 from qvmcore.pci.vdev import PciVdev, function_of, interrupts_of
 from qvmcore.plugins import PluginHost
 from qvmcore.slot import VdevSlot
-from qvmcore.types import IntrSpec, MmioHandler
+from qvmcore.types import IntrSpec, MmioHandler, PciAddress
 from qvmcore.virtio.device import VirtioVdev
 from qvmcore.virtio.pci import PciTransport
 
@@ -48,17 +49,11 @@ class PciBinding:
         bridge = HostBridge(bus, self._pci.apertures, guest.signal_msi)
         lines = {intr: SharedLine(guest.irq_line(intr)) for intr in set(self._routes.values())}
         for slot in self._slots:
-            function = self._own.functions[id(slot.vdev)] = self._function(slot)
-            slot.place_of = partial(_place_of, function)
-            for index, bar in enumerate(function.bars):
-                function.bind_bar(index, bind_window(slot, self._host, index, bar.window))
-            assert slot.spec.pci is not None
-            config = self._host.bind_pci_config(slot.vdev, slot.spec.pci)
-            if not isinstance(config, MmioHandler):
-                text = f"{slot.spec.where}: qvm_bind_pci_config gave {config!r}, not an MmioHandler"
-                raise PluginError(text)
-            line = lines[self._route(slot)]
-            bridge.add(slot.spec.pci, function, slot.guard(config), line, slot.name)
+            address = slot.spec.pci
+            assert address is not None
+            function = make_function(slot, self._own)
+            config = bind_function(slot, function, self._host, address)
+            bridge.add(address, function, config, lines[self._route(slot)], slot.name)
         bridge.start()
         ecam, _ = self._pci.ecam
         bus.insert(ecam, ECAM_WINDOW, MmioHandler(bridge.ecam_read, bridge.ecam_write), "PCI configuration")
@@ -71,18 +66,36 @@ class PciBinding:
         assert slot.spec.pci is not None
         return self._routes[slot.spec.pci.device]
 
-    def _function(self, slot: VdevSlot) -> PciFunction:
-        vdev = slot.vdev
-        try:
-            if isinstance(vdev, PciVdev):
-                return function_of(vdev, self._own.interrupts[id(vdev)])
-            assert isinstance(vdev, VirtioVdev)
-            function = PciTransport(vdev, fast_doorbells=self._own.fast_doorbells).function
-        except ValueError as error:
-            raise PluginError(f"{slot.spec.where}: {error}") from error
-        # A device that fails lets its interrupt fall, as every vdev does.
-        slot.lines[0] = function.interrupts.line(0)
-        return function
+
+def make_function(slot: VdevSlot, own: DefaultBindings) -> PciFunction:
+    """The PCI function of a configured vdev. Raises PluginError for an impossible one."""
+    vdev = slot.vdev
+    try:
+        if isinstance(vdev, VirtioVdev):
+            function = PciTransport(vdev, fast_doorbells=own.fast_doorbells).function
+            # A device that fails lets its interrupt fall, as every vdev does.
+            slot.lines[0] = function.interrupts.line(0)
+        elif isinstance(vdev, PciVdev):
+            function = function_of(vdev, own.interrupts[id(vdev)])
+        else:
+            function = plain_function_of(vdev, own.interrupts[id(vdev)])
+    except ValueError as error:
+        raise PluginError(f"{slot.spec.where}: {error}") from error
+    own.functions[id(vdev)] = function
+    return function
+
+
+def bind_function(
+    slot: VdevSlot, function: PciFunction, host: PluginHost, address: PciAddress
+) -> MmioHandler:
+    """Ask the hooks for the handlers of a function; the one of its configuration space, guarded."""
+    slot.place_of = partial(_place_of, function)
+    for index, bar in enumerate(function.bars):
+        function.bind_bar(index, bind_window(slot, host, index, bar.window))
+    config = host.bind_pci_config(slot.vdev, address)
+    if not isinstance(config, MmioHandler):
+        raise PluginError(f"{slot.spec.where}: qvm_bind_pci_config gave {config!r}, not an MmioHandler")
+    return slot.guard(config)
 
 
 def _place_of(function: PciFunction, window: int) -> int | None:

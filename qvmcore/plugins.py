@@ -162,10 +162,13 @@ class PluginHost:
     def catalogue(self, *, load: bool = False) -> list[EntryInfo]:
         """Every entry point of every API version, for ``qvm plugins``; ``load`` tries the imports."""
         if load:
-            loaders: Mapping[str, Callable[[str], object]] = {
-                "vdev": self.vdev_class, "engine": self.engine, "server": self.server, "command": self.command,
-            }  # fmt: skip
-            for kind, get in loaders.items():
+            loaders: tuple[tuple[str, Callable[[str], object]], ...] = (
+                ("vdev", self.vdev_class),
+                ("engine", self.engine),
+                ("server", self.server),
+                ("command", self.command),
+            )
+            for kind, get in loaders:
                 for name in self._named(kind):
                     try:
                         get(name)

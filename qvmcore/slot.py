@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from qvmcore.bus import all_ones
@@ -105,8 +106,7 @@ class VdevSlot:
         if not self._threads_allowed:
             raise RuntimeError("ctx.worker is allowed from on_configured() on")
         if self._worker is None:
-            serial = contextlib.nullcontext() if issubclass(self.cls, VirtioVdev) else self._lock
-            self._worker = Worker(f"vdev-{self.name}", self.fault, serial)
+            self._worker = Worker(f"vdev-{self.name}", self.fault, self.serial())
         return self._worker
 
     def irq(self, index: int = 0) -> IrqLine:
@@ -184,6 +184,10 @@ class VdevSlot:
         )
         self._plan.add(TerminationCallback(self.name, Phase.RELEASE, self.vdev.on_terminate, END_DEADLINE))
         self.vdev.on_configured()
+
+    def serial(self) -> AbstractContextManager[object]:
+        """Held around register handlers and worker callbacks of a plain vdev; nothing for a virtio one."""
+        return contextlib.nullcontext() if issubclass(self.cls, VirtioVdev) else self._lock
 
     def guard(self, handler: MmioHandler) -> MmioHandler:
         """The handler behind the fault isolation, and behind the slot lock for a serial vdev."""

@@ -14,6 +14,7 @@ from qvmcore.errors import PluginError, nearest
 #: Name -> module of qvmcore.cli that holds the command, as an attribute of the same name.
 _OWN = {
     "run": "run",
+    "serve": "serve",
     "status": "status",
     "check": "check",
     "show": "show",
@@ -89,6 +90,7 @@ def qvm() -> None:
     \b
     qvm run vm.toml                         start a VM
     qvm run vm.toml --set system.ram=1G     ... with another memory size
+    qvm serve vm.toml --vhost-user DIR      give its vdevs to another VMM
     qvm check vm.toml                       find every mistake in a VM file
     qvm show vm.toml                        memory map, interrupts, vdevs
     qvm vdev virtio-blk                     options of a vdev type

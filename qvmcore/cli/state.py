@@ -31,11 +31,11 @@ class State:
             self._host = PluginHost()
         return self._host
 
-    def compose(self, files: Sequence[Path], overrides: Sequence[str]) -> MachineSpec:
-        """The machine of a VM file. Raises ConfigError with every problem."""
+    def compose(self, files: Sequence[Path], overrides: Sequence[str], *, guest: bool = True) -> MachineSpec:
+        """The machine of a VM file; only its vdevs without a ``guest``. Raises ConfigError."""
         from qvmcore.compose import compose
 
-        return compose(files, overrides, self.host)
+        return compose(files, overrides, self.host, guest=guest)
 
 
 def set_up_logging(verbosity: int, log_file: str | None) -> None:

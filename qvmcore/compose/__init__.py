@@ -47,10 +47,13 @@ class Plugins(VdevClasses, Protocol):
         """The installed engines."""
 
 
-def compose(files: Iterable[str | Path], overrides: Sequence[str], host: Plugins) -> MachineSpec:
+def compose(
+    files: Iterable[str | Path], overrides: Sequence[str], host: Plugins, *, guest: bool = True
+) -> MachineSpec:
     """The machine that ``files`` (later ones win) and ``overrides`` (``key=value``) describe.
 
-    Raises ConfigError with all problems.
+    Without a ``guest`` of our own the vdevs are all that counts: board, memory and kernel may be missing,
+    addresses and interrupts mean nothing, and no board adds vdevs. Raises ConfigError with all problems.
     """
     paths = [Path(file) for file in files]
     problems = Problems()
@@ -62,8 +65,9 @@ def compose(files: Iterable[str | Path], overrides: Sequence[str], host: Plugins
 
     table = section(root, "system", problems)
     system = read_table(SystemTable, table, "system", problems) or SystemTable()
-    board = _board(system.board, table, problems)
-    _check_engine(system.engine, table, host, problems)
+    board = _board(system.board, table, problems) if guest or system.board else None
+    if guest:
+        _check_engine(system.engine, table, host, problems)
     name = system.name or (paths[0].stem if paths else "qvm-guest")
     if system.name:
         check_name(name, table, "system", problems)
@@ -71,12 +75,14 @@ def compose(files: Iterable[str | Path], overrides: Sequence[str], host: Plugins
         text = f"cpus: expected at most {board.max_cpus} on {board.name}, not {system.cpus}"
         problems.add(table.source_of("cpus"), "system", text)
 
-    memory = _memory(root, system, table, board, problems)
-    load = _load(root, problems)
+    memory = _memory(root, system, table, board, problems) if guest else []
+    load = _load(root, problems) if guest else LoadSpec()
     safety = read_table(SafetyTable, section(root, "safety", problems), "safety", problems) or SafetyTable()
     vdevs, classes = build_vdevs(array(root, "vdev", problems), board, host, problems)
     pci = False
-    if board is not None:
+    if not guest:
+        vdevs = [spec for spec in vdevs if not spec.implicit]
+    elif board is not None:
         vdevs = assign_pci(board, vdevs, classes, problems)
         pci = system.pci or any(spec.pci is not None for spec in vdevs)
         if system.pci and board.pci is None:

@@ -58,8 +58,9 @@ def check_layout(
     layout = layout_of(board, [spec for spec, _ in memory], vdevs, classes, pci=pci)
     free = _Free(board, layout)
     for spec in vdevs:
-        _check_loc(spec, classes[spec.type], board, free, problems)
-        _check_intr(spec, classes[spec.type], board, free, problems, pci=pci)
+        cls = classes[spec.type].for_options(spec.options)
+        _check_loc(spec, cls, board, free, problems)
+        _check_intr(spec, cls, board, free, problems, pci=pci)
     sources = {(spec.start, spec.size): source for spec, source in memory}
     for rows in (layout.memory, layout.ports):
         for first, second in combinations(rows, 2):

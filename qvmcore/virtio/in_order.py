@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
+from qvmcore.memory import GuestMemory
 from qvmcore.virtio.chain import Chain
 from qvmcore.virtio.queue import Virtqueue
 
@@ -89,6 +91,24 @@ class InOrderQueue(Virtqueue):
     def kill(self) -> None:
         """See :meth:`Virtqueue.kill`."""
         self._ring.kill()
+
+    def close(self) -> None:
+        """See :meth:`Virtqueue.close`."""
+        self._ring.close()
+
+    def rebind(self, rings: Any, memory: GuestMemory) -> None:
+        """See :meth:`Virtqueue.rebind`."""
+        self._ring.rebind(rings, memory)
+
+    @property
+    def position(self) -> int:
+        """See :attr:`Virtqueue.position`."""
+        return self._ring.position
+
+    @property
+    def in_hand(self) -> int:
+        """See :attr:`Virtqueue.in_hand`; a chain that waits for earlier ones is in hand."""
+        return self._ring.in_hand - (len(self._early) if self._ring.dead else 0)
 
     @property
     def dead(self) -> bool:

@@ -14,6 +14,7 @@ from qvmcore.errors import BadDescriptorChain, GuestMemoryError
 from qvmcore.memory import GuestMemory
 from qvmcore.virtio import spec
 from qvmcore.virtio.chain import Chain
+from qvmcore.virtio.position import PACKED_FRESH, packed_start
 from qvmcore.virtio.ring import RingQueue
 
 _NEXT, _WRITE, _INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
@@ -76,24 +77,40 @@ class PackedQueue(RingQueue):
         interrupt: Callable[[], None],
         on_error: Callable[[BaseException], None],
         again: Callable[[], None],
+        position: int = PACKED_FRESH,
     ) -> None:
         super().__init__(index, rings.size, memory, features, interrupt, on_error, again)
+        self._map(rings)
+        # Both count descriptors without wrapping: _taken the popped ones, _used the pushed ones.
+        self._taken, self._used = packed_start(position, rings.size)
+        self._reported = self._used  # value of _used at the last notify()
+        lap, self._slot = divmod(self._taken, rings.size)
+        self._mark = _USED if lap & 1 else _AVAIL
+        lap, self._used_slot = divmod(self._used, rings.size)
+        self._used_flags = _DONE ^ _TURN if lap & 1 else _DONE
+        self._idle = True  # the driver was told to notify us
+
+    def _map(self, rings: PackedRings) -> None:
         self._table = rings.table
         self._flags = rings.flags
         self._used_cells = rings.used
         self._driver_event = rings.driver_event
         self._device_event = rings.device_event
-        self._slot = self._used_slot = 0
-        self._mark = _AVAIL
-        self._used_flags = _DONE
-        self._taken = 0  # descriptors popped
-        self._used = 0  # descriptors pushed
-        self._reported = 0  # value of _used at the last notify()
-        self._idle = True  # the driver was told to notify us
+
+    def rebind(self, rings: PackedRings, memory: GuestMemory) -> None:
+        """See :meth:`Virtqueue.rebind`."""
+        self._adopt(memory)
+        self._map(rings)
+
+    @property
+    def position(self) -> int:
+        """See :attr:`Virtqueue.position`; both halves."""
+        used = self._used_slot | (0x8000 if self._used_flags == _DONE else 0)
+        return used << 16 | self._position()
 
     def pop(self) -> Chain | None:
         """See :meth:`Virtqueue.pop`. The fast path of every device: keep it flat."""
-        if self._dead:
+        if self._closed:
             return None
         place = slot = self._slot
         mark = self._mark
@@ -220,6 +237,7 @@ class PackedQueue(RingQueue):
     def push(self, chain: Chain, written: int | None = None) -> None:
         """See :meth:`Virtqueue.push`. ID and flags are one store, behind that of the length."""
         if self._dead:
+            self._drop(chain)
             return
         if written is None:
             written = chain.written
@@ -253,6 +271,9 @@ class PackedQueue(RingQueue):
     def push_together(self, used: Sequence[tuple[Chain, int]]) -> None:
         """See :meth:`Virtqueue.push_together`: the first one, where the driver looks, is stored last."""
         stores = []
+        if self._dead:
+            self._drop_all(used)
+            return
         for chain, written in used:
             if not self._returned(chain, written):
                 continue
@@ -271,7 +292,7 @@ class PackedQueue(RingQueue):
     @property
     def pending(self) -> int:
         """See :attr:`Virtqueue.pending`; a chain that does not end counts until it is popped."""
-        if self._dead:
+        if self._closed:
             return 0
         slot, mark, chains, more = self._slot, self._mark, 0, 0
         for _ in range(self.size - self._taken + self._used):
@@ -288,7 +309,7 @@ class PackedQueue(RingQueue):
 
     def reached(self, position: int) -> bool:
         """See :meth:`Virtqueue.reached`; the position is a descriptor and the wrap counter."""
-        return not self._dead and position == self._position()
+        return not self._closed and position == self._position()
 
     def _position(self) -> int:
         """Offset and wrap counter of the next available descriptor, as 2.8.10 and 2.9 store them."""

@@ -4,14 +4,20 @@ A queue object lives from DRIVER_OK to the next reset; then it is dead: it gives
 and chains pushed late, by a worker that was still busy, are dropped. The next activation makes a
 new object, so a stale reference can never touch the new driver's rings.
 
-Thread: the device's worker only. :meth:`Virtqueue.kill` may come from any thread.
+A queue of a driver that another process runs (vhost-user) may begin and end at any position, and its
+memory may move while nobody serves it: :attr:`Virtqueue.position`, :meth:`Virtqueue.close`,
+:meth:`Virtqueue.rebind`.
+
+Thread: the device's worker only, but for what says otherwise.
 """
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+from qvmcore.memory import GuestMemory
 from qvmcore.virtio.chain import Chain
 
 
@@ -74,6 +80,31 @@ class Virtqueue(abc.ABC):
     def kill(self) -> None:
         """End the queue for good: pop gives None, push and notify do nothing. Any thread."""
 
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Take no more: pop gives None from now on, push and notify go on. For good; any thread."""
+
+    @abc.abstractmethod
+    def rebind(self, rings: Any, memory: GuestMemory) -> None:
+        """Go on in other memory: the same rings at the same addresses, in ``memory``'s regions.
+
+        ``rings`` are the SplitRings or PackedRings there. Positions stay, and chains in hand can still be
+        pushed; their views are of the memory they were popped from. While nobody serves the queue.
+        """
+
+    @property
+    @abc.abstractmethod
+    def position(self) -> int:
+        """Where the device is, as vhost-user's GET_VRING_BASE has it (:mod:`qvmcore.virtio.position`).
+
+        Any thread; exact while nobody serves the queue.
+        """
+
+    @property
+    @abc.abstractmethod
+    def in_hand(self) -> int:
+        """Chains popped and not pushed yet, on a dead queue too. Any thread; never too few."""
+
     @property
     @abc.abstractmethod
     def dead(self) -> bool:
@@ -82,12 +113,15 @@ class Virtqueue(abc.ABC):
     @property
     @abc.abstractmethod
     def pending(self) -> int:
-        """How many chains the driver offers that were not popped yet; changes nothing. 0 if dead."""
+        """How many chains the driver offers that were not popped yet; changes nothing.
+
+        0 when the queue is dead or closed.
+        """
 
     @abc.abstractmethod
     def reached(self, position: int) -> bool:
         """Whether everything was popped up to the position a driver notifies of (2.9, next_off and
-        next_wrap as one 16-bit number). Any thread, so only a hint. False when dead.
+        next_wrap as one 16-bit number). Any thread, so only a hint. False when dead or closed.
         """
 
     @abc.abstractmethod

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qvmcore.errors import BadDescriptorChain
+from qvmcore.errors import BadDescriptorChain, HostError
 from qvmcore.memory import GuestMemory
 from qvmcore.virtio import spec
 from qvmcore.virtio.in_order import InOrderQueue
+from qvmcore.virtio.inflight import Inflight
 from qvmcore.virtio.packed import PackedQueue, PackedRings
+from qvmcore.virtio.position import PACKED_FRESH, packed_given
 from qvmcore.virtio.queue import Virtqueue
 from qvmcore.virtio.split import SplitQueue, SplitRings
 
@@ -23,7 +25,7 @@ class QueueSetup:
     """
 
     __slots__ = (
-        "_rings", "desc", "device", "driver", "ready", "reopened", "resetting", "size", "size_max",
+        "_packed", "_rings", "desc", "device", "driver", "ready", "reopened", "resetting", "size", "size_max",
     )  # fmt: skip
 
     def __init__(self, size_max: int) -> None:
@@ -35,20 +37,29 @@ class QueueSetup:
         self.size = self.size_max
         self.desc = self.driver = self.device = 0
         self.ready = self.resetting = self.reopened = False
+        self._packed = False
         self._rings: SplitRings | PackedRings | None = None
 
     def enable(self, memory: GuestMemory, features: int) -> None:
         """Check everything and set ``ready``. Raises GuestError when the queue cannot work."""
         size = self.size
-        packed = features >> spec.VIRTIO_F_RING_PACKED & 1
+        packed = self._packed = bool(features >> spec.VIRTIO_F_RING_PACKED & 1)
         if not 0 < size <= self.size_max or (size & (size - 1) and not packed):
             kind = "" if packed else " a power of two"
             raise BadDescriptorChain(f"size {size} is not{kind} up to {self.size_max}")
-        if packed:
-            self._rings = PackedRings(memory, size, self.desc, self.driver, self.device)
-        else:
-            self._rings = SplitRings(memory, size, self.desc, self.driver, self.device)
+        self._rings = self._find(memory)
         self.ready = True
+
+    def _find(self, memory: GuestMemory) -> SplitRings | PackedRings:
+        kind = PackedRings if self._packed else SplitRings
+        return kind(memory, self.size, self.desc, self.driver, self.device)
+
+    def rebind(self, memory: GuestMemory, queue: Virtqueue) -> None:
+        """Guest memory has moved: give ``queue``, made from this, its rings where they are now.
+
+        Raises GuestError when they are there no more; the queue is then as it was, in the old memory.
+        """
+        queue.rebind(self._find(memory), memory)
 
     def make(
         self,
@@ -58,13 +69,24 @@ class QueueSetup:
         interrupt: Callable[[], None],
         on_error: Callable[[BaseException], None],
         again: Callable[[], None],
+        *,
+        position: int | None = None,
+        inflight: Inflight | None = None,
     ) -> Virtqueue:
-        """The queue in the format the features ask for; it must have been enabled with them."""
-        rings = self._rings
+        """The queue in the format the features ask for; it must have been enabled with them.
+
+        ``position`` is where it begins, as :attr:`Virtqueue.position` has it; None is a ring nobody has
+        served yet. Raises BadDescriptorChain for one that cannot be.
+        """
+        # Kept no longer than needed: the memory they are in may be replaced.
+        rings, self._rings = self._rings, None
+        if inflight is not None:
+            raise HostError("in-flight tracking is not there yet")
         queue: Virtqueue
         if isinstance(rings, PackedRings):
-            queue = PackedQueue(index, rings, memory, features, interrupt, on_error, again)
+            position = PACKED_FRESH if position is None else packed_given(position, rings.flags)
+            queue = PackedQueue(index, rings, memory, features, interrupt, on_error, again, position)
         else:
             assert rings is not None
-            queue = SplitQueue(index, rings, memory, features, interrupt, on_error, again)
+            queue = SplitQueue(index, rings, memory, features, interrupt, on_error, again, position)
         return InOrderQueue(queue) if features >> spec.VIRTIO_F_IN_ORDER & 1 else queue

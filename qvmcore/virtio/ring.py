@@ -14,7 +14,7 @@ from __future__ import annotations
 import abc
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from qvmcore.errors import BadDescriptorChain
@@ -36,8 +36,9 @@ class RingQueue(Virtqueue):
     """
 
     __slots__ = (
-        "_again", "_budget", "_dead", "_event_idx", "_fence", "_indirect", "_interrupt", "_interrupts",
-        "_last", "_more", "_newest", "_on_error", "_pushed", "_region", "_roms", "_signalled", "_view",
+        "_again", "_begin", "_budget", "_closed", "_dead", "_dropped", "_event_idx", "_fence", "_indirect",
+        "_interrupt", "_interrupts", "_last", "_more", "_newest", "_on_error", "_pushed", "_region", "_roms",
+        "_signalled", "_view",
     )  # fmt: skip
 
     def __init__(
@@ -52,11 +53,7 @@ class RingQueue(Virtqueue):
     ) -> None:
         self.index = index
         self.size = size
-        self._view = memory.view
-        # The largest region holds nearly every buffer; checked here it saves a call per descriptor.
-        largest = max(memory.regions, key=lambda region: region.size)
-        self._region = (largest.start, largest.size, largest.view)
-        self._roms = tuple((region.start, region.end) for region in memory.regions if region.rom)
+        self._adopt(memory)
         self._event_idx = bool(features >> spec.VIRTIO_F_EVENT_IDX & 1)
         self._indirect = bool(features >> spec.VIRTIO_F_INDIRECT_DESC & 1)
         self._interrupt = interrupt
@@ -64,13 +61,27 @@ class RingQueue(Virtqueue):
         self._again = again
         self._fence = threading.Lock()
         self._dead = False
-        self._last = 0  # chains popped
-        self._budget = size  # position up to which pop() gives chains before the next notify()
-        self._more = False  # pop() stopped there
-        self._pushed = 0
-        self._signalled = 0  # value of _pushed at the last notify()
+        self._closed = False  # pop() gives nothing; a dead queue is closed, too
+        self._more = False  # pop() stopped at the budget
         self._interrupts = 0
+        self._dropped = 0  # chains pushed after the end
+        self._start(0, 0)
         self._newest: Chain | None = None
+
+    def _adopt(self, memory: GuestMemory) -> None:
+        self._view = memory.view
+        # The largest region holds nearly every buffer; checked here it saves a call per descriptor.
+        largest = max(memory.regions, key=lambda region: region.size)
+        self._region = (largest.start, largest.size, largest.view)
+        self._roms = tuple((region.start, region.end) for region in memory.regions if region.rom)
+
+    def _start(self, last: int, pushed: int) -> None:
+        """Begin with the counts at these values; what lies between is in flight and nobody's."""
+        self._begin = (last, pushed)
+        self._last = last  # chains popped
+        self._pushed = pushed
+        self._signalled = pushed  # value of _pushed at the last notify()
+        self._budget = last + self.size  # where pop() stops giving chains before the next notify()
 
     def unpop(self, chain: Chain) -> None:
         """See :meth:`Virtqueue.unpop`."""
@@ -106,7 +117,20 @@ class RingQueue(Virtqueue):
 
     def kill(self) -> None:
         """See :meth:`Virtqueue.kill`."""
+        self._closed = True
         self._dead = True
+
+    def close(self) -> None:
+        """See :meth:`Virtqueue.close`."""
+        self._closed = True
+
+    @property
+    def in_hand(self) -> int:
+        """See :attr:`Virtqueue.in_hand`."""
+        # The other order would miss a chain that is popped between the two loads.
+        back = self._pushed + self._dropped
+        last, pushed = self._begin
+        return self._last - last - back + pushed
 
     @property
     def dead(self) -> bool:
@@ -115,7 +139,12 @@ class RingQueue(Virtqueue):
 
     def counters(self) -> dict[str, int]:
         """See :meth:`Virtqueue.counters`."""
-        return {"popped": self._last, "pushed": self._pushed, "interrupts": self._interrupts}
+        last, pushed = self._begin
+        return {
+            "popped": self._last - last,
+            "pushed": self._pushed - pushed,
+            "interrupts": self._interrupts,
+        }
 
     # ---- of the format -----------------------------------------------------------------------
 
@@ -133,7 +162,7 @@ class RingQueue(Virtqueue):
         error = BadDescriptorChain(f"queue {self.index}: {message}")
         # What was served before the error still reaches the driver.
         self.notify()
-        self._dead = True
+        self.kill()
         self._on_error(error)
         raise error from None
 
@@ -153,8 +182,6 @@ class RingQueue(Virtqueue):
 
     def _returned(self, chain: Chain, written: int) -> bool:
         """The checks of a push that is not a fast path; False for a chain to be dropped."""
-        if self._dead:
-            return False
         if not 0 <= written <= chain.writable:
             raise ValueError(f"queue {self.index}: {written} bytes written of {chain.writable} writable")
         if chain._queue is not self:
@@ -163,7 +190,21 @@ class RingQueue(Virtqueue):
         chain._queue = None
         return True
 
+    def _drop(self, chain: Chain) -> None:
+        """A chain comes back after the end: it is in hand no more, and that is all."""
+        if chain._queue is self and chain._count:
+            chain._count = 0
+            self._dropped += 1
+
+    def _drop_all(self, used: Sequence[tuple[Chain, int]]) -> None:
+        """Asked for once a batch: what ends the queue from elsewhere must not cut a batch in two."""
+        for chain, _ in used:
+            self._drop(chain)
+
     def _refuse_push(self, chain: Chain) -> None:
         """A chain of an earlier life is dropped in silence; anything else is a bug of the device."""
-        if chain._queue is None or not chain._queue.dead:
+        owner = chain._queue
+        if owner is None or not owner.dead:
             raise ValueError(f"queue {self.index}: chain {chain.head} was pushed twice, or elsewhere")
+        if isinstance(owner, RingQueue):
+            owner._drop(chain)

@@ -16,6 +16,7 @@ from qvmcore.errors import BadDescriptorChain, GuestMemoryError
 from qvmcore.memory import GuestMemory
 from qvmcore.virtio import spec
 from qvmcore.virtio.chain import Chain
+from qvmcore.virtio.position import split_start
 from qvmcore.virtio.ring import RingQueue
 
 _DESCRIPTOR = struct.Struct("<QIHH").unpack_from
@@ -60,21 +61,38 @@ class SplitQueue(RingQueue):
         interrupt: Callable[[], None],
         on_error: Callable[[BaseException], None],
         again: Callable[[], None],
+        position: int | None = None,
     ) -> None:
         super().__init__(index, rings.size, memory, features, interrupt, on_error, again)
         self._mask = rings.size - 1
+        self._map(rings)
+        # At most as many elements as the queue has entries (2.7.5.3.1), which is also how a loop
+        # ends, and one reference to an indirect table.
+        self._steps = range(rings.size + 1)
+        if position is not None:
+            # The used index is in guest memory, where an earlier device has left it.
+            self._start(*split_start(position, rings.used[1], rings.size))
+        self._offered = self._last  # chains known to be offered
+
+    def _map(self, rings: SplitRings) -> None:
         self._table = rings.table
         self._avail = rings.avail
         self._used = rings.used
         self._elements = rings.used_elements
-        # At most as many elements as the queue has entries (2.7.5.3.1), which is also how a loop
-        # ends, and one reference to an indirect table.
-        self._steps = range(rings.size + 1)
-        self._offered = 0  # chains known to be offered
+
+    def rebind(self, rings: SplitRings, memory: GuestMemory) -> None:
+        """See :meth:`Virtqueue.rebind`."""
+        self._adopt(memory)
+        self._map(rings)
+
+    @property
+    def position(self) -> int:
+        """See :attr:`Virtqueue.position`; the available index."""
+        return self._last & 0xFFFF
 
     def pop(self) -> Chain | None:
         """See :meth:`Virtqueue.pop`. The fast path of every device: keep it flat."""
-        if self._dead:
+        if self._closed:
             return None
         last = self._last
         if last == self._offered and not self._look():
@@ -141,6 +159,7 @@ class SplitQueue(RingQueue):
     def push(self, chain: Chain, written: int | None = None) -> None:
         """See :meth:`Virtqueue.push`. The element is stored before the index that shows it (2.7.8.2)."""
         if self._dead:
+            self._drop(chain)
             return
         if written is None:
             written = chain.written
@@ -161,6 +180,9 @@ class SplitQueue(RingQueue):
     def push_together(self, used: Sequence[tuple[Chain, int]]) -> None:
         """See :meth:`Virtqueue.push_together`: all elements, then the one index that shows them."""
         pushed = self._pushed
+        if self._dead:
+            self._drop_all(used)
+            return
         for chain, written in used:
             if self._returned(chain, written):
                 self._elements[pushed & self._mask] = chain.head | min(written, 0xFFFFFFFF) << 32
@@ -172,11 +194,11 @@ class SplitQueue(RingQueue):
     @property
     def pending(self) -> int:
         """See :attr:`Virtqueue.pending`; a nonsensical index counts as a full ring until it is popped."""
-        return 0 if self._dead else min((self._avail[1] - self._last) & 0xFFFF, self.size)
+        return 0 if self._closed else min((self._avail[1] - self._last) & 0xFFFF, self.size)
 
     def reached(self, position: int) -> bool:
         """See :meth:`Virtqueue.reached`; the position is the available index."""
-        return not self._dead and self._last & 0xFFFF == position
+        return not self._closed and self._last & 0xFFFF == position
 
     def _look(self) -> bool:
         """Whether the driver offers more. When not, it has been told to notify us of the next."""

@@ -39,8 +39,8 @@ umount /mnt && echo "umounted"
 #: qvm without packed rings to offer.
 SPLIT_ONLY = """
 from qvmcore.cli import main
-from qvmcore.virtio import spec, state
-state.CORE_FEATURES &= ~(1 << spec.VIRTIO_F_RING_PACKED)
+from qvmcore.virtio import life, spec
+life.CORE_FEATURES &= ~(1 << spec.VIRTIO_F_RING_PACKED)
 main()
 """
 

@@ -17,7 +17,7 @@ from qvmcore.testing.driver import MmioDriver, VirtioDriver
 from qvmcore.testing.fakes import Plugged, default_transport, plug
 from qvmcore.testing.samples import Echo
 from qvmcore.types import GuestEnd, MmioHandler, Reason, VdevSpec
-from qvmcore.virtio import at_once, spec, state
+from qvmcore.virtio import at_once, life, spec
 from qvmcore.virtio.queue import Virtqueue
 
 
@@ -253,7 +253,7 @@ def test_2_4_1_reset_waits_for_a_busy_vcpu_and_its_push_is_dropped(
 def test_2_4_1_with_a_vcpu_that_hangs_the_reset_never_completes(
     echo: Plugged[QuickEcho], driver: VirtioDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(state, "QUIESCE_TIMEOUT", 0.1)
+    monkeypatch.setattr(life, "QUIESCE_TIMEOUT", 0.1)
     vcpu = blocked_vcpu(echo, driver)
     ring = driver.queues[0]
     echo.vdev.virtio.write_status(0)
@@ -268,7 +268,7 @@ def test_2_4_1_with_a_vcpu_that_hangs_the_reset_never_completes(
 def test_the_end_tells_of_a_vcpu_that_may_still_use_memory(
     echo: Plugged[QuickEcho], driver: VirtioDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(state, "QUIESCE_TIMEOUT", 0.1)
+    monkeypatch.setattr(life, "QUIESCE_TIMEOUT", 0.1)
     vcpu = blocked_vcpu(echo, driver)
     # A device that failed has no worker any more; whoever serves may still be there.
     echo.ctx.worker.stop(0)

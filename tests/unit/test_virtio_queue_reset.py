@@ -12,7 +12,7 @@ import pytest
 from qvmcore.testing.driver import MmioDriver
 from qvmcore.testing.fakes import Plugged, plug
 from qvmcore.testing.samples import Echo
-from qvmcore.virtio import spec, state
+from qvmcore.virtio import life, spec
 from qvmcore.virtio.queue import Virtqueue
 
 
@@ -191,7 +191,7 @@ def test_2_6_1_1_it_waits_for_a_busy_worker_and_shows_1_meanwhile(
 def test_2_6_1_1_with_a_hung_worker_it_never_completes(
     echo: Plugged[Echo], driver: MmioDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(state, "QUIESCE_TIMEOUT", 0.1)
+    monkeypatch.setattr(life, "QUIESCE_TIMEOUT", 0.1)
     blocked(echo, driver)
     ring, virtio = driver.queues[0], echo.vdev.virtio
     driver.write(spec.MMIO_QUEUE_SEL, 0)

@@ -13,7 +13,7 @@ from qvmcore.testing.driver import MmioDriver
 from qvmcore.testing.fakes import Plugged, plug
 from qvmcore.testing.samples import Echo
 from qvmcore.types import GuestEnd, Reason
-from qvmcore.virtio import spec, state
+from qvmcore.virtio import life, spec
 from qvmcore.virtio.queue import Virtqueue
 
 
@@ -85,7 +85,7 @@ def test_2_4_1_the_worker_is_idle_while_on_deactivate_runs() -> None:
 def test_2_4_1_a_hung_worker_faults_the_device_and_the_reset_never_completes(
     echo: Plugged[Echo], driver: MmioDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(state, "QUIESCE_TIMEOUT", 0.1)
+    monkeypatch.setattr(life, "QUIESCE_TIMEOUT", 0.1)
     blocked(echo, driver)
     ring = driver.queues[0]
     assert driver.status == 15
@@ -113,7 +113,7 @@ def test_2_4_1_a_hung_worker_faults_the_device_and_the_reset_never_completes(
 def test_the_vm_can_end_while_the_worker_hangs(
     echo: Plugged[Echo], driver: MmioDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(state, "QUIESCE_TIMEOUT", 0.1)
+    monkeypatch.setattr(life, "QUIESCE_TIMEOUT", 0.1)
     blocked(echo, driver)
     threading.Timer(0.5, echo.vdev.gate.set).start()
     results = {result.phase.name: result for result in echo.terminate()}

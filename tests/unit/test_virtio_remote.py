@@ -1,0 +1,262 @@
+"""Queues started and stopped by messages, at positions, in memory that changes (RemoteDriver)."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from qvmcore.errors import GuestError, HostError
+from qvmcore.memory import GuestMemory, MemoryRegion
+from qvmcore.options import convert_options
+from qvmcore.testing.fakes import FakeContext
+from qvmcore.testing.packed_ring import PackedDriver
+from qvmcore.testing.ring import GuestRam, RingDriver, SplitDriver
+from qvmcore.testing.samples import Echo
+from qvmcore.virtio import life, spec
+
+BASE, SIZE = 0x4000_0000, 1 << 20
+VERSION_1 = 1 << spec.VIRTIO_F_VERSION_1
+PACKED = 1 << spec.VIRTIO_F_RING_PACKED
+
+
+class Calls:
+    """A transport that counts."""
+
+    def __init__(self) -> None:
+        self.queues: list[int] = []
+        self.configs = 0
+
+    def interrupt_queue(self, index: int) -> None:
+        self.queues.append(index)
+
+    def interrupt_config(self) -> None:
+        self.configs += 1
+
+    def reset(self) -> None: ...
+
+
+class Remote:
+    """An Echo, the memory of its client, and rings in it."""
+
+    def __init__(self, features: int) -> None:
+        self.features = features
+        self.fd = os.memfd_create("client")
+        os.ftruncate(self.fd, SIZE)
+        self.memory = GuestMemory([self.region()])
+        self.ctx = FakeContext("echo", self.memory, 1)
+        self.ctx.threads_allowed = True
+        options, _ = convert_options(Echo.Options, {}, Path())
+        self.vdev = Echo(self.ctx, options)
+        self.vdev.on_configured()
+        self.calls = Calls()
+        self.state = self.vdev.virtio
+        self.state.attach(self.calls, fast_doorbells=True, withheld=1 << spec.VIRTIO_F_RING_RESET)
+        self.kick = os.eventfd(0, os.EFD_NONBLOCK)
+        ring = PackedDriver if features & PACKED else SplitDriver
+        self.ring: RingDriver = ring(GuestRam(self.memory), 16, features, self.ring_the_bell)
+
+    def region(self) -> MemoryRegion:
+        return MemoryRegion.adopt(BASE, SIZE, os.dup(self.fd))
+
+    def ring_the_bell(self) -> None:
+        os.eventfd_write(self.kick, 1)
+
+    def start(self, position: int | None = None) -> None:
+        ring = self.ring
+        self.state.start_queue(
+            0, ring.size, ring.desc, ring.avail, ring.used, position=position, kick=self.kick
+        )
+
+    def roundtrip(self, text: bytes = b"ping") -> None:
+        request = self.ring.submit([text], [8])
+        until(lambda: request in self.ring.reap())
+        assert request.result()[: len(text)] == text
+
+    def close(self) -> None:
+        self.vdev.gate.set()
+        assert self.ctx.stop_worker()
+        os.close(self.kick)
+        os.close(self.fd)
+        self.memory.close()
+
+
+def until(condition: Callable[[], object]) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.005)
+    raise AssertionError("never happened")
+
+
+@pytest.fixture(params=[VERSION_1, VERSION_1 | PACKED], ids=["split", "packed"])
+def remote(request: pytest.FixtureRequest) -> Iterator[Remote]:
+    each = Remote(request.param)
+    each.state.negotiate(each.features)
+    yield each
+    each.close()
+
+
+def test_the_first_queue_activates_and_is_served_by_the_clients_descriptor(remote: Remote) -> None:
+    assert remote.vdev.lives == []
+    remote.start()
+    assert remote.vdev.lives == ["active"]
+    remote.roundtrip()
+    assert remote.calls.queues
+
+
+def test_a_stopped_queue_goes_on_where_it_was(remote: Remote) -> None:
+    remote.start()
+    for number in range(21):
+        remote.roundtrip(b"%d" % number)
+    position = remote.state.stop_queue(0, 1)
+    request = remote.ring.submit([b"late"], [8])
+    time.sleep(0.05)
+    assert not remote.ring.reap()
+    remote.start(position)
+    until(lambda: request in remote.ring.reap())
+    remote.roundtrip()
+    assert remote.vdev.lives == ["active", "queue 0 reset"]
+
+
+def test_a_stopped_queue_has_given_back_what_it_had_in_hand(remote: Remote) -> None:
+    remote.start()
+    remote.vdev.gate.clear()
+    request = remote.ring.submit([b"slow"], [8])
+    assert remote.vdev.entered.wait(5)
+    threading.Timer(0.05, remote.vdev.gate.set).start()
+    remote.state.stop_queue(0, 5)
+    assert request in remote.ring.reap()
+
+
+def test_a_queue_that_does_not_run_has_no_position(remote: Remote) -> None:
+    assert remote.state.stop_queue(0, 1) is None
+    assert remote.state.stop_queue(99, 1) is None
+
+
+def test_a_hung_worker_loses_the_device_and_says_so(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(life, "QUIESCE_TIMEOUT", 0.05)
+    remote.start()
+    remote.vdev.gate.clear()
+    remote.ring.submit([b"slow"], [8])
+    assert remote.vdev.entered.wait(5)
+    with pytest.raises(HostError, match="the worker still runs"):
+        remote.state.stop_queue(0, 0.05)
+    assert remote.state.status & spec.DEVICE_NEEDS_RESET
+    assert remote.ctx.faults
+    with pytest.raises(GuestError, match="the device hangs"):
+        remote.state.negotiate(VERSION_1 | 1)
+
+
+def test_the_same_features_again_keep_the_device_as_it_is(remote: Remote) -> None:
+    remote.start()
+    remote.state.write_config(8, 1, 7)
+    position = remote.state.stop_queue(0, 1)
+    remote.state.negotiate(remote.features)
+    remote.start(position)
+    assert remote.state.config.read(8, 1) == 7
+    remote.roundtrip()
+
+
+def test_other_features_reset_it(remote: Remote) -> None:
+    remote.start()
+    remote.state.write_config(8, 1, 7)
+    remote.state.stop_queue(0, 1)
+    remote.state.negotiate(VERSION_1 | 1)
+    assert remote.vdev.lives[-1] == "inactive"
+    assert remote.state.config.read(8, 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("features", "reason"),
+    [
+        (VERSION_1 | 1 << 50, "were not offered"),
+        (1, "VIRTIO_F_VERSION_1 was not accepted"),
+        (VERSION_1 | 1 << spec.VIRTIO_F_RING_RESET, "were not offered"),
+    ],
+)
+def test_impossible_features_are_refused_with_the_reason(remote: Remote, features: int, reason: str) -> None:
+    with pytest.raises(GuestError, match=reason):
+        remote.state.negotiate(features)
+    with pytest.raises(GuestError, match="no features were negotiated"):
+        remote.start()
+
+
+def test_a_queue_outside_of_memory_is_refused_and_may_be_tried_again(remote: Remote) -> None:
+    good = remote.ring.desc
+    remote.ring.desc = BASE + SIZE
+    with pytest.raises(GuestError, match="queue 0"):
+        remote.start()
+    remote.ring.desc = good
+    remote.start()
+    remote.roundtrip()
+    with pytest.raises(GuestError, match="it runs already"):
+        remote.start()
+    with pytest.raises(GuestError, match="it has no such queue"):
+        remote.state.start_queue(7, 16, good, good, good)
+
+
+def test_memory_changes_under_a_running_queue(remote: Remote) -> None:
+    remote.start()
+    stop = threading.Event()
+    old = [remote.memory.regions[0]]
+
+    def change() -> None:
+        while not stop.is_set():
+            fresh = remote.region()
+            remote.state.remap(partial(remote.memory.replace, [fresh]))
+            old.append(fresh)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for number in range(300):
+            remote.roundtrip(b"%d" % number)
+    finally:
+        stop.set()
+        thread.join()
+    assert len(old) > 2
+    for region in old[:-1]:
+        region.close()
+    remote.roundtrip()
+
+
+def test_memory_without_the_rings_needs_a_reset(remote: Remote) -> None:
+    remote.start()
+    old = remote.memory.regions
+    remote.state.remap(lambda: remote.memory.replace([]))
+    assert remote.state.status & spec.DEVICE_NEEDS_RESET
+    remote.memory.replace(old)
+    remote.state.reset()
+    remote.state.negotiate(remote.features)
+
+
+def test_memory_changed_with_a_chain_in_hand_for_too_long_needs_a_reset(
+    remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chain is held by somebody else than the worker."""
+    monkeypatch.setattr(life, "QUIESCE_TIMEOUT", 0.05)
+    held = []
+    monkeypatch.setattr(remote.vdev, "handle_queue", lambda index, queue: held.append(queue.pop()))
+    remote.start()
+    remote.ring.submit([b"kept"], [8])
+    until(lambda: any(held))
+    changed = []
+    remote.state.remap(lambda: changed.append(True))
+    assert changed
+    assert remote.state.status & spec.DEVICE_NEEDS_RESET
+
+
+def test_a_kick_descriptor_whose_other_end_has_gone_does_not_keep_the_worker_busy(remote: Remote) -> None:
+    os.close(remote.kick)
+    remote.kick, other = os.pipe()
+    os.set_blocking(remote.kick, False)
+    remote.start()
+    os.close(other)
+    remote.ctx.settle(5)
+    assert remote.kick not in remote.ctx.worker._watched

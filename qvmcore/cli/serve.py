@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ def _server_options(ctx: click.Context) -> list[click.Parameter]:
         click.Option(
             [f"--{name}", f"server_{name.replace('-', '_')}"],
             metavar="DIR",
-            type=click.Path(file_okay=False, path_type=Path),
+            type=click.Path(file_okay=False),
             help=f"Serve over {name}, at sockets DIR/NAME.sock.",
         )
         for name in _state(ctx).host.server_names()
@@ -88,12 +90,20 @@ def serve(ctx: click.Context, /, files: tuple[Path, ...], overrides: tuple[str, 
         wrong = "say over which protocol" if not chosen else "serve over one protocol at a time"
         raise click.UsageError(f"{wrong}: {known}", ctx)
     ((name, folder),) = chosen.items()
+    if not folder:
+        # A shell's unset variable; the working directory would be a surprise.
+        raise click.UsageError(f"--{name}: DIR is empty", ctx)
     spec = state.compose(files, overrides, guest=False)
-    service = Service(spec, state.host, state.host.server(name), folder)
+    service = Service(spec, state.host, state.host.server(name), Path(folder))
 
     def ready() -> None:
         state.started = True
-        _tell(service)
+        try:
+            _tell(service)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Nobody reads it (`| head -1`): the vdevs are served all the same.
+            os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
 
     return 0 if service.run(ready) else Reason.NOT_QUIET.exit_code
 

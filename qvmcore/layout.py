@@ -115,9 +115,9 @@ def layout_of(
         known = [spec for spec in vdevs if spec.type in classes and classes[spec.type].irqs]
         lines += _pci_lines(board.pci, known)
     for spec in vdevs:
-        cls = classes.get(spec.type)
-        if cls is None or spec.pci is not None:
+        if spec.type not in classes or spec.pci is not None:
             continue
+        cls = classes[spec.type].for_options(spec.options)
         if spec.loc is not None:
             placed = place_windows(spec.loc, cls.windows)
             rows += [MemoryRow(start, size, "vdev", spec.name, spec, spec.space) for start, size in placed]

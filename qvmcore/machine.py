@@ -92,7 +92,7 @@ class Machine:
         host.register(machine._bindings)
         slots = []
         for vdev_spec in spec.vdevs:
-            vdev_class = host.vdev_class(vdev_spec.type)
+            vdev_class = host.vdev_class(vdev_spec.type).for_options(vdev_spec.options)
             slot = VdevSlot(
                 vdev_spec, vdev_class, machine.plan, machine.end, machine.press_power_button, spec.name
             )

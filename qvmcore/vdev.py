@@ -135,6 +135,15 @@ class Vdev:
         self.options = options
 
     @classmethod
+    def for_options(cls, options: Any) -> type[Vdev]:
+        """The class whose declarations hold for these options: this one, or a subclass made of it.
+
+        For a vdev whose options say how large its registers are or whether it has an interrupt. Opens
+        nothing; the same options give the same declarations.
+        """
+        return cls
+
+    @classmethod
     def claims(cls, options: Any) -> tuple[str, ...]:
         """Things of the host that only one vdev of a VM can have, by the names people know.
 

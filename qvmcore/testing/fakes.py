@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from qvmcore.bus import AddressSpace, all_ones
 from qvmcore.errors import ConfigError, Diagnostic, GuestError
@@ -280,6 +280,7 @@ def plug(
     if problems:
         kind = vdev_class.vdev_type
         raise ConfigError(Diagnostic("<test>", 0, kind, item.message, item.hint) for item in problems)
+    vdev_class = cast(type[V], vdev_class.for_options(converted))
     ctx = FakeContext(f"{vdev_class.vdev_type}_test", GuestMemory.allocate(ram), vdev_class.irqs, base_dir)
     if not issubclass(vdev_class, VirtioVdev):
         ctx.serial = threading.RLock()

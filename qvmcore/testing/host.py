@@ -66,6 +66,7 @@ def machine(
         converted, problems = convert_options(cls.Options, (options or {}).get(cls.vdev_type, {}), folder)
         if problems:
             raise ValueError("; ".join(problem.message for problem in problems))
+        cls = cls.for_options(converted)
         on_pci = issubclass(cls, PciVdev) or (pci and issubclass(cls, VirtioVdev))
         vdevs.append(
             VdevSpec(

@@ -25,6 +25,8 @@ class AttachRecord:
     capabilities: dict[int, int] = field(default_factory=dict)
     extended: dict[int, int] = field(default_factory=dict)
     resets: tuple[str, ...] = ()
+    #: No PCI function: all numbers above are 0 then, and there is no configuration.
+    platform: bool = False
 
     @property
     def command(self) -> int:
@@ -34,6 +36,8 @@ class AttachRecord:
     @property
     def identity(self) -> str:
         """``vendor:product class``, as lspci writes them."""
+        if self.platform:
+            return "platform device"
         return f"{self.vendor:04x}:{self.product:04x} class {self.class_code:06x}"
 
     def to_json(self) -> dict[str, Any]:
@@ -53,6 +57,8 @@ class AttachRecord:
 
 def attach(hardware: Hardware) -> AttachRecord:
     """Clear bus mastering and record the function. Raises HardwareError when it does not answer."""
+    if hardware.platform:
+        return AttachRecord(hardware.name, 0, 0, 0, b"", platform=True)
     vendor = hardware.config_read(pci.VENDOR_ID, 2)
     if vendor == pci.ABSENT:
         raise HardwareError(f"{hardware.name} does not answer: its configuration space reads all ones")

@@ -18,6 +18,8 @@ from qvmcore.api import HostError, QvmError
 if TYPE_CHECKING:
     from qvm_quiesce.hardware import Hardware
 
+#: A platform device: its steps are those of its VM file's script.
+_PLATFORM = re.compile(r"uio:uio\d+")
 _ADDRESS = re.compile(r"(?:pci:)?([0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7])", re.IGNORECASE)
 #: Exit code when a device is not proven quiet, as that of ``qvm run``.
 NOT_QUIET = 8
@@ -129,7 +131,7 @@ def release(device: str) -> None:
     """End the quarantine of DEVICE without a proof: you know that it is quiet."""
     from qvm_quiesce import state as files
 
-    name, root = _address(device), _state()
+    name, root = device if _PLATFORM.fullmatch(device) else _address(device), _state()
     entries = files.quarantined(root)
     if name not in entries:
         raise QvmError(f"{name} is not quarantined", hint=f"quarantined: {', '.join(entries) or 'no device'}")
@@ -151,6 +153,11 @@ def _state() -> Path:
 
 
 def _address(device: str) -> str:
+    if _PLATFORM.fullmatch(device):
+        raise QvmError(
+            f"{device} is no PCI function: only the script in its VM file can stop it",
+            hint=f"qvm quiesce release {device} when you know that it is quiet",
+        )
     match = _ADDRESS.fullmatch(device)
     if match is None:
         raise QvmError(

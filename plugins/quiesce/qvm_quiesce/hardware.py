@@ -1,8 +1,8 @@
-"""What quiescing needs of a physical PCI function: registers, resets, memory; nothing of any driver.
+"""What quiescing needs of a physical device: registers, resets, memory; nothing of any driver.
 
-Implemented over VFIO by ``qvm_vfio`` and by :mod:`qvm_quiesce.simulated`. Every method may be called from
-any thread and may block as long as the hardware or the kernel does: the runner calls each from a thread
-that it can abandon.
+Implemented over VFIO and UIO by ``qvm_vfio``, and by :mod:`qvm_quiesce.simulated`. Every method may be
+called from any thread and may block as long as the hardware or the kernel does: the runner calls each from
+a thread that it can abandon.
 """
 
 from __future__ import annotations
@@ -29,11 +29,15 @@ class Handover(NamedTuple):
 
 
 class Hardware(Protocol):
-    """One physical PCI function that belongs to this process. All methods raise HardwareError."""
+    """One physical device that belongs to this process. All methods raise HardwareError."""
+
+    #: It is no PCI function: it has no configuration space, no bus mastering and no reset. What is called
+    #: a BAR below is a range of its registers, and only a register script can stop it.
+    platform: bool
 
     @property
     def name(self) -> str:
-        """Its place on the host, e.g. ``0000:03:00.0``."""
+        """Its place on the host, e.g. ``0000:03:00.0`` or ``uio:uio0``."""
 
     def config_read(self, offset: int, size: int) -> int:
         """``size`` (1, 2, 4) bytes of its configuration space, unsigned."""

@@ -25,6 +25,8 @@ LADDER = ("flr", "af-flr", "pm", "bus")
 def reset(subject: Subject) -> Steps:
     """Reset by the first method that works, then wait until the device answers again."""
     policy, offered = subject.policy, subject.hardware.resets
+    if subject.attached.platform:
+        raise Skip("a platform device")
     if policy.reset == "none":
         raise Skip("the policy says so")
     wanted = LADDER if policy.reset == "auto" else (policy.reset,)

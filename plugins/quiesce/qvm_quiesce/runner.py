@@ -114,6 +114,9 @@ class Quiesce:
         bad = [step for step in device.steps if step.verdict in ("failed", "late")]
         if subject.name in self._lost:
             device.verdict, device.reason = Verdict.QUARANTINED, "the host did not come back from an access"
+        elif subject.unprovable and [step.step for step in bad] == ["verify"]:
+            # Not quarantined: no memory of ours is its, and nothing shows that it does any harm.
+            device.verdict, device.reason = Verdict.DEGRADED, bad[0].detail
         elif not subject.proven or not subject.unmapped:
             # What the proof says counts more than what went wrong before it.
             last = [step for step in bad if step.step in ("verify", "restore", "unmap")] or bad[-1:]

@@ -25,6 +25,7 @@ from qvm_quiesce.evidence import Verdict, text_table
 from qvm_quiesce.guard import START_TIMEOUT, Device, Guard, GuardError
 from qvm_quiesce.hardware import Hardware, HardwareError
 from qvm_quiesce.runner import Quiesce, bound
+from qvm_quiesce.softstop import script as register_script
 from qvm_quiesce.vdev import ALL, QuiesceVdev
 from qvmcore.api import GuestEnd, HostError, NotQuiet, Phase, PluginError, TerminationCallback
 
@@ -56,6 +57,8 @@ def callbacks(machine: Any) -> Sequence[TerminationCallback]:
             )
     if not chosen:
         return ()
+    if machine.spec.require_quiesce:
+        _refuse_unprovable(chosen)
     # A vdev is quieted when all of its functions are.
     bare = {name for name, hardware in passed if hardware.name not in covered}
     quiets = tuple(dict.fromkeys(name for name, _ in passed if name not in bare))
@@ -68,6 +71,17 @@ def _hardware(slot: Any) -> Sequence[Hardware]:
         raise PluginError(f"{slot.spec.where}: a vdev with physical = True has a method hardware()")
     found: Sequence[Hardware] = give()
     return found
+
+
+def _refuse_unprovable(chosen: Sequence[tuple[Hardware, QuiesceVdev]]) -> None:
+    """``[safety] require-quiesce``: without a proof there is nothing that was required. Raises HostError."""
+    for hardware, table in chosen:
+        if hardware.platform and not register_script.proves(table.policy):
+            raise HostError(
+                f"[safety] require-quiesce: only a register script can prove {hardware.name} quiet, "
+                "and it must wait for a register",
+                hint=f'a [[vdev]] with type = "quiesce", device = "{hardware.name}" and script = [...]',
+            )
 
 
 def _table_for(tables: Sequence[QuiesceVdev], hardware: Hardware) -> QuiesceVdev | None:

@@ -100,6 +100,8 @@ class SimulatedDevice:
     process that takes over a device that exists passes ``fresh=False``. See :func:`shared`.
     """
 
+    platform = False
+
     def __init__(
         self,
         name: str = "0000:03:00.0",

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from qvm_quiesce import pci, reset, softstop
+from qvm_quiesce.softstop import script
 from qvm_quiesce.subject import Policy, Skip, StepFailed, Steps, Subject
 
 _PAGE = 4096
@@ -39,6 +40,7 @@ def revoke(subject: Subject) -> Steps:
 
 def bus_master_off(subject: Subject) -> Steps:
     """Clear Bus Master Enable and read it back: no DMA, and no MSI, which is DMA too."""
+    _pci_only(subject)
     command = subject.read("command", pci.COMMAND, 2)
     if command == pci.ABSENT:
         # It may be in a reset that a VM began which is dead now.
@@ -56,6 +58,9 @@ def bus_master_off(subject: Subject) -> Steps:
 
 def mask_interrupts(subject: Subject) -> Steps:
     """INTx off, MSI-X masked and off, MSI off, and nobody connected to any of them."""
+    if subject.attached.platform:
+        subject.hardware.drop_interrupts()
+        return
     try:
         _present(subject)
         left = []
@@ -93,6 +98,7 @@ def _messages_off(subject: Subject) -> list[str]:
 
 def decode_off(subject: Subject) -> Steps:
     """The device answers at no address any more."""
+    _pci_only(subject)
     _present(subject)
     command = subject.read("command", pci.COMMAND, 2)
     subject.write("command", pci.COMMAND, 2, command & ~(pci.COMMAND_DECODE | pci.COMMAND_BUS_MASTER))
@@ -104,6 +110,7 @@ def decode_off(subject: Subject) -> Steps:
 
 def drain(subject: Subject) -> Steps:
     """Wait until no request of the device is under way (Transactions Pending)."""
+    _pci_only(subject)
     _present(subject)
     express, af = subject.capability(pci.CAP_EXPRESS), subject.capability(pci.CAP_AF)
     if express is not None:
@@ -119,6 +126,7 @@ def drain(subject: Subject) -> Steps:
 
 def wake(subject: Subject) -> Steps:
     """Power state D0, and no address translation services, before a reset."""
+    _pci_only(subject)
     _present(subject)
     for name, capability, register, enable in (
         ("ats", pci.EXT_ATS, pci.ATS_CONTROL, pci.ATS_ENABLE),
@@ -143,6 +151,10 @@ def wake(subject: Subject) -> Steps:
 
 def verify(subject: Subject) -> Steps:
     """It answers, everything is off, and for a while no interrupt comes and no memory changes."""
+    if subject.attached.platform:
+        yield from _watch(subject)
+        _platform_proof(subject)
+        return
     _present(subject)
     command = subject.read("command", pci.COMMAND, 2)
     if command & pci.COMMAND_BUS_MASTER:
@@ -160,6 +172,12 @@ def verify(subject: Subject) -> Steps:
         status = subject.read("pending", express + pci.EXPRESS_DEVICE_STATUS, 2)
         if status & pci.EXPRESS_PENDING:
             raise StepFailed("a request of the device is still under way")
+    yield from _watch(subject)
+    subject.proven = True
+    subject.step.detail = f"no write and no interrupt for {subject.policy.watch * 1000:g} ms"
+
+
+def _watch(subject: Subject) -> Steps:
     memory, interrupts = _digest(subject), subject.hardware.interrupts()
     yield subject.policy.watch
     late = subject.hardware.interrupts() - interrupts
@@ -167,8 +185,18 @@ def verify(subject: Subject) -> Steps:
         raise StepFailed(f"{late} interrupts came after they were turned off")
     if _digest(subject) != memory:
         raise StepFailed("memory of the guest changed after bus mastering was turned off")
+
+
+def _platform_proof(subject: Subject) -> None:
+    """Its script is the only thing that can tell. No memory of ours is mapped for it."""
+    if not script.proves(subject.policy):
+        subject.unprovable = True
+        what = "its script waits for no register" if subject.policy.script else "it has no register script"
+        raise StepFailed(f"a platform device that cannot be proven quiet: {what}")
+    if not subject.stopped:
+        raise StepFailed("its script did not end as it should")
     subject.proven = True
-    subject.step.detail = f"no write and no interrupt for {subject.policy.watch * 1000:g} ms"
+    subject.step.detail = f"its script ended, and no interrupt for {subject.policy.watch * 1000:g} ms"
 
 
 def unmap(subject: Subject) -> Steps:
@@ -182,6 +210,7 @@ def unmap(subject: Subject) -> Steps:
 
 def restore(subject: Subject) -> Steps:
     """Back to the configuration it was attached with, bus mastering off; never to the guest's."""
+    _pci_only(subject)
     _present(subject)
     record = subject.attached.config
     left = []
@@ -251,6 +280,11 @@ PROVE: tuple[Step, ...] = (
     Step("unmap", unmap, _seconds(1.0)),
     Step("restore", restore, _seconds(_REGISTERS)),
 )
+
+
+def _pci_only(subject: Subject) -> None:
+    if subject.attached.platform:
+        raise Skip("a platform device")
 
 
 def _present(subject: Subject) -> None:

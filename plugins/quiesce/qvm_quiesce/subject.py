@@ -59,12 +59,17 @@ class Subject:
     #: The last step found it quiet.
     proven: bool = False
     unmapped: bool = False
+    #: A platform device: its register script ended with the registers it waited for.
+    stopped: bool = False
+    #: Nothing went wrong, but nothing that was done can prove it quiet.
+    unprovable: bool = False
     step: StepEvidence = field(default_factory=lambda: StepEvidence(""))
 
     def learn(self, other: Subject) -> None:
         """Take over what a step found out on a copy of this."""
         self.gone, self.mastering_off = other.gone, other.mastering_off
         self.proven, self.unmapped = other.proven, other.unmapped
+        self.stopped, self.unprovable = other.stopped, other.unprovable
 
     @property
     def name(self) -> str:

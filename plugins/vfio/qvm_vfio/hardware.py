@@ -50,6 +50,8 @@ class Ram(NamedTuple):
 class VfioHardware:
     """Implements Hardware. Any thread; raises VfioError, which is a HardwareError."""
 
+    platform = False
+
     def __init__(
         self, kernel: Kernel, container: Container, group: Group, device: VfioDevice, resets: Sequence[str]
     ) -> None:

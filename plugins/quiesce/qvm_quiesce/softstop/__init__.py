@@ -33,6 +33,8 @@ def kind_of(subject: Subject) -> str:
     attached, wanted = subject.attached, subject.policy.soft_stop
     if wanted == "none":
         return ""
+    if attached.platform:
+        return "script" if subject.policy.script else ""
     if wanted != "auto":
         return wanted
     if subject.policy.script:
@@ -47,6 +49,9 @@ def kind_of(subject: Subject) -> str:
 def soft_stop(subject: Subject) -> Steps:
     """The step: decode memory if it does not, then the registers of its class."""
     kind = kind_of(subject)
+    if subject.attached.platform:
+        yield from _platform_stop(subject, kind)
+        return
     if not kind:
         raise Skip(f"no soft stop for class {subject.attached.class_code:06x}")
     if not subject.present():
@@ -58,3 +63,12 @@ def soft_stop(subject: Subject) -> Steps:
         raise Skip("its registers are off")
     subject.step.detail = kind
     yield from STOPS[kind](subject)
+
+
+def _platform_stop(subject: Subject, kind: str) -> Steps:
+    """All that stops such a device is its script; what it waits for is the proof."""
+    if not kind:
+        raise Skip("a platform device without a script: nobody knows its registers")
+    subject.step.detail = kind
+    yield from STOPS[kind](subject)
+    subject.stopped = script.proves(subject.policy)

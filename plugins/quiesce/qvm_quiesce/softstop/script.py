@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from qvm_quiesce.softstop.registers import read, write
-from qvm_quiesce.subject import Steps, Subject
+from qvm_quiesce.subject import Policy, Steps, Subject
 
 KEYS = frozenset({"bar", "offset", "size", "write", "mask", "equals", "within"})
 
@@ -42,6 +42,11 @@ def problem(entry: Mapping[str, Any]) -> str:
     if not 0 <= entry.get("bar", 0) <= 5 or not 0 <= entry["offset"] < 1 << 64:
         return "bar is 0 to 5, offset not negative"
     return "" if 0 < entry.get("within", 1) <= 60 else "within is more than 0 and at most 60 seconds"
+
+
+def proves(policy: Policy) -> bool:
+    """Whether its end shows something: a script that only writes does not know what became of it."""
+    return policy.soft_stop in ("auto", "script") and any("equals" in entry for entry in policy.script)
 
 
 def stop(subject: Subject) -> Steps:

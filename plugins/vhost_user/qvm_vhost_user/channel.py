@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
-import stat
 import threading
 
+from qvm_vhost_user.notifier import is_unix_stream
 from qvm_vhost_user.protocol import HEADER, VERSION, BackendRequest
 from qvm_vhost_user.wire import Fd
 from qvmcore.api import ClientError
@@ -30,14 +29,9 @@ class BackendChannel:
 
     def set(self, fd: Fd) -> None:
         """Use this socket from now on. Raises ClientError when it is none."""
-        number = fd.number
-        if not stat.S_ISSOCK(os.fstat(number).st_mode):
-            raise ClientError("SET_BACKEND_REQ_FD came with a descriptor that is no socket")
-        with socket.socket(fileno=fd.take()) as candidate:
-            family, kind = candidate.family, candidate.type
-            if (family, kind) != (socket.AF_UNIX, socket.SOCK_STREAM):
-                raise ClientError("SET_BACKEND_REQ_FD came with a socket that is not a Unix stream socket")
-            channel = socket.socket(fileno=candidate.detach())
+        if not is_unix_stream(fd.number):
+            raise ClientError("SET_BACKEND_REQ_FD came with a descriptor that is no Unix stream socket")
+        channel = socket.socket(fileno=fd.take())
         with self._lock:
             old, self._socket = self._socket, channel
             self._dropping = False

@@ -1,13 +1,15 @@
-"""Descriptors for wake-ups between us and a client: eventfds and pipes, nothing else.
+"""Descriptors for wake-ups between us and a client: eventfds and pipes, and sockets in place of pipes.
 
-Whatever else a client sends could block us, or be ready for ever. They are made non-blocking, which for an
-eventfd is so on the client's side, too: there it matters only to a writer that finds 2**64 - 2 wake-ups.
+Whatever else a client sends could block us, or be ready for ever; so could a socket that we read from. They
+are made non-blocking, which for an eventfd is so on the client's side, too: there it matters only to a
+writer that finds 2**64 - 2 wake-ups.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import stat
 import threading
 from pathlib import Path
@@ -19,6 +21,16 @@ _ONE = (1).to_bytes(8, "little")
 _EVENTFD = "anon_inode:[eventfd]"
 
 
+def is_unix_stream(number: int) -> bool:
+    """Whether a descriptor is a Unix stream socket."""
+    if not stat.S_ISSOCK(os.fstat(number).st_mode):
+        return False
+    with socket.socket(fileno=number) as borrowed:
+        found = borrowed.family, borrowed.type
+        borrowed.detach()
+    return found == (socket.AF_UNIX, socket.SOCK_STREAM)
+
+
 def check(fd: Fd, what: str, *, writes: bool) -> None:
     """Make a client's descriptor non-blocking. Raises ClientError when it is not fit for wake-ups.
 
@@ -28,8 +40,10 @@ def check(fd: Fd, what: str, *, writes: bool) -> None:
     try:
         kind = str(Path(f"/proc/self/fd/{number}").readlink())
         flags = fcntl.fcntl(number, fcntl.F_GETFL)
-        pipe = stat.S_ISFIFO(os.fstat(number).st_mode)
-        if kind != _EVENTFD and not pipe:
+        mode = os.fstat(number).st_mode
+        # User Mode Linux signals itself through a pair of sockets.
+        fit = kind == _EVENTFD or stat.S_ISFIFO(mode) or (writes and is_unix_stream(number))
+        if not fit:
             raise ClientError(f"{what} is {kind}, expected an eventfd or a pipe")
         if flags & os.O_ACCMODE not in (os.O_RDWR, os.O_WRONLY if writes else os.O_RDONLY):
             raise ClientError(f"{what} cannot be {'written' if writes else 'read'}")

@@ -80,6 +80,7 @@ class VhostUserSession:
 
     def _handle(self, connection: socket.socket, message: Message, messages: Messages) -> None:
         request = message.request
+        self._served.log.debug("%s %s", request.name, message.payload.hex())
         needed = NEEDS.get(request)
         if needed is not None and not messages.has(needed):
             raise ClientError(f"{request.name} without the protocol feature {needed.name}")

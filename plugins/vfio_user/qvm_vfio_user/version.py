@@ -9,8 +9,8 @@ from qvm_vfio_user import spec
 from qvm_vfio_user.wire import FDS_MAX, TRANSFER_MAX
 from qvmcore.api import ClientError
 
-#: DMA maps a client may have at a time: each one with a descriptor keeps one open here.
-MAPS_MAX = 512
+#: DMA maps a client may have at a time: each one with a descriptor keeps two open here.
+MAPS_MAX = 256
 
 
 class Proposal:

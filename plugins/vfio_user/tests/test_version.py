@@ -36,7 +36,7 @@ def test_VERSION_says_what_the_server_takes() -> None:
         assert bench.client.capabilities == {
             "max_msg_fds": 16,
             "max_data_xfer_size": 65536,
-            "max_dma_maps": 512,
+            "max_dma_maps": 256,
             "write_multiple": True,
         }
 

@@ -45,7 +45,7 @@ def test_a_message_that_arrives_in_bytes_is_taken_when_it_is_whole(
     body = os.urandom(5000)
     head = spec.ACCESS.pack(0, 0, len(body))
     data = request(Command.REGION_WRITE, head + body, number=7)
-    for start in range(0, 40):
+    for start in range(40):
         client.sendall(data[start : start + 1])
     assert link._read() == 40 and link._cut() is None
     client.sendall(data[40:])
@@ -87,7 +87,8 @@ def test_descriptors_sent_with_the_rest_of_a_message_are_its_own(
         socket.send_fds(client, [data[20:]], [file.fileno()])
     message = link.receive()
     assert message is not None and len(message.fds) == 1
-    assert not os.get_inheritable(fd := message.fds.take())
+    fd = message.fds.take()
+    assert not os.get_inheritable(fd)
     os.close(fd)
 
 

@@ -48,6 +48,7 @@ from qvmcore.types import (
 from qvmcore.vdev import FdtNode, NoOptions, Vdev, VdevContext
 from qvmcore.virtio.chain import Chain
 from qvmcore.virtio.device import VirtioVdev
+from qvmcore.virtio.inflight import Descriptor, Inflight, Taken
 from qvmcore.virtio.queue import Virtqueue
 
 API_VERSION = (1, 0)
@@ -66,6 +67,7 @@ __all__ = [
     "ConfigWindow",
     "Controller",
     "CpuEntry",
+    "Descriptor",
     "DirectPart",
     "Doorbell",
     "Engine",
@@ -81,6 +83,7 @@ __all__ = [
     "GuestMemoryError",
     "HostError",
     "HostPath",
+    "Inflight",
     "IntrSpec",
     "IrqLine",
     "Mapped",
@@ -104,6 +107,7 @@ __all__ = [
     "Server",
     "Session",
     "Size",
+    "Taken",
     "TerminationCallback",
     "Trigger",
     "Vdev",

@@ -16,6 +16,9 @@ from qvmcore.virtio import spec
 from qvmcore.virtio.chain import Chain
 from qvmcore.virtio.position import PACKED_FRESH, packed_start
 from qvmcore.virtio.ring import RingQueue
+from qvmcore.virtio.rings import PackedRings
+
+__all__ = ["PackedQueue", "PackedRings"]
 
 _NEXT, _WRITE, _INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
 _AVAIL, _USED = spec.VIRTQ_DESC_F_AVAIL, spec.VIRTQ_DESC_F_USED
@@ -27,32 +30,6 @@ _KIND = _BOTH | _INDIRECT
 _DONE, _WRITTEN, _TURN = _BOTH << 16, _WRITE << 16, _BOTH << 16
 _FORMAT = struct.Struct("<QIHH")
 _DESCRIPTOR, _ROWS = _FORMAT.unpack_from, _FORMAT.iter_unpack
-
-
-class PackedRings:
-    """The three areas of one queue, checked: alignment (2.8.10.1) and place in guest memory.
-
-    Raises BadDescriptorChain or GuestMemoryError. Addresses are guest-physical bytes; ``size`` is
-    any number of descriptors, not only a power of two.
-    """
-
-    __slots__ = ("device_event", "driver_event", "flags", "size", "table", "used")
-
-    def __init__(self, memory: GuestMemory, size: int, desc: int, driver: int, device: int) -> None:
-        for name, address, align in (
-            ("descriptor ring", desc, spec.VIRTQ_DESC_ALIGN),
-            ("driver event suppression", driver, spec.PVIRTQ_EVENT_ALIGN),
-            ("device event suppression", device, spec.PVIRTQ_EVENT_ALIGN),
-        ):
-            if address % align:
-                raise BadDescriptorChain(f"{name} at {address:#x} is not a multiple of {align}")
-        self.size = size
-        self.table = memory.view(desc, spec.VIRTQ_DESC_SIZE * size)
-        # Of each descriptor, the flags; and its length and what is behind that, in turn.
-        self.flags = self.table.cast("H")[7::8]
-        self.used = self.table.cast("I")
-        self.driver_event = memory.view(driver, spec.PVIRTQ_EVENT_SIZE).cast("I")
-        self.device_event = memory.view(device, spec.PVIRTQ_EVENT_SIZE).cast("I")
 
 
 class PackedQueue(RingQueue):
@@ -346,6 +323,11 @@ class PackedQueue(RingQueue):
         # how far back is the last one with that name, and is it among the new ones?
         wanted = (event & 0x7FFF) + (0 if event & 0x8000 else self.size)
         return (used - 1 - wanted) % (2 * self.size) < used - old
+
+    def descriptors(self, count: int) -> list[tuple[int, int, int, int]]:
+        """The ``count`` descriptors before the next one, as they are: address, length, ID and flags."""
+        first = self._slot - count
+        return [_DESCRIPTOR(self._table, (first + n) % self.size << 4) for n in range(count)]
 
     def _rewind(self, chain: Chain) -> None:
         self._taken -= chain._count

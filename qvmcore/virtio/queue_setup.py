@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qvmcore.errors import BadDescriptorChain, HostError
+from qvmcore.errors import BadDescriptorChain
 from qvmcore.memory import GuestMemory
 from qvmcore.virtio import spec
 from qvmcore.virtio.in_order import InOrderQueue
-from qvmcore.virtio.inflight import Inflight
-from qvmcore.virtio.packed import PackedQueue, PackedRings
+from qvmcore.virtio.inflight import Inflight, packed_queue, split_queue
+from qvmcore.virtio.packed import PackedQueue
 from qvmcore.virtio.position import PACKED_FRESH, packed_given
 from qvmcore.virtio.queue import Virtqueue
-from qvmcore.virtio.split import SplitQueue, SplitRings
+from qvmcore.virtio.rings import PackedRings, SplitRings
+from qvmcore.virtio.split import SplitQueue
 
 
 class QueueSetup:
@@ -76,17 +77,22 @@ class QueueSetup:
         """The queue in the format the features ask for; it must have been enabled with them.
 
         ``position`` is where it begins, as :attr:`Virtqueue.position` has it; None is a ring nobody has
-        served yet. Raises BadDescriptorChain for one that cannot be.
+        served yet. ``inflight`` keeps account of the chains in hand, and may know of some to be served first.
+        Raises GuestError when either makes no sense.
         """
         # Kept no longer than needed: the memory they are in may be replaced.
         rings, self._rings = self._rings, None
-        if inflight is not None:
-            raise HostError("in-flight tracking is not there yet")
+        assert rings is not None
         queue: Virtqueue
+        connections = memory, features, interrupt, on_error, again
         if isinstance(rings, PackedRings):
             position = PACKED_FRESH if position is None else packed_given(position, rings.flags)
-            queue = PackedQueue(index, rings, memory, features, interrupt, on_error, again, position)
+            if inflight is None:
+                queue = PackedQueue(index, rings, *connections, position)
+            else:
+                queue = packed_queue(index, rings, connections, inflight, position)
+        elif inflight is None:
+            queue = SplitQueue(index, rings, *connections, position)
         else:
-            assert rings is not None
-            queue = SplitQueue(index, rings, memory, features, interrupt, on_error, again, position)
+            queue = split_queue(index, rings, connections, inflight, position or 0)
         return InOrderQueue(queue) if features >> spec.VIRTIO_F_IN_ORDER & 1 else queue

@@ -111,6 +111,17 @@ class RingQueue(Virtqueue):
             self._interrupts += 1
             self._interrupt()
 
+    def interrupt(self) -> None:
+        """Interrupt the driver, whatever it asked for: when it is not known what it was told."""
+        if not self._dead:
+            self._interrupts += 1
+            self._interrupt()
+
+    @property
+    def pushed(self) -> int:
+        """Changes with each chain that is really given back."""
+        return self._pushed
+
     def limit(self, chains: int) -> None:
         """See :meth:`Virtqueue.limit`."""
         self._budget = self._last + chains

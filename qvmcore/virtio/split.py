@@ -1,8 +1,5 @@
 """The split virtqueue, device side (virtio 1.4, 2.7).
 
-The three ring areas are looked up in guest memory once, at activation, and read through
-memoryview casts afterwards: a 16-bit view of the driver area, a 16-bit view of the device area,
-and a 64-bit view of the used elements, so each index and each used element is one load or store.
 Every buffer address goes through ``GuestMemory.view``, or through the same check against the
 largest region, inlined; every walk is bounded by the queue size.
 """
@@ -18,33 +15,12 @@ from qvmcore.virtio import spec
 from qvmcore.virtio.chain import Chain
 from qvmcore.virtio.position import split_start
 from qvmcore.virtio.ring import RingQueue
+from qvmcore.virtio.rings import SplitRings
+
+__all__ = ["SplitQueue", "SplitRings"]
 
 _DESCRIPTOR = struct.Struct("<QIHH").unpack_from
 _NEXT, _WRITE, _INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
-
-
-class SplitRings:
-    """The three areas of one queue, checked: size, alignment (2.7) and place in guest memory.
-
-    Raises BadDescriptorChain or GuestMemoryError. Addresses are guest-physical bytes.
-    """
-
-    __slots__ = ("avail", "size", "table", "used", "used_elements")
-
-    def __init__(self, memory: GuestMemory, size: int, desc: int, driver: int, device: int) -> None:
-        for name, address, align in (
-            ("descriptor table", desc, spec.VIRTQ_DESC_ALIGN),
-            ("available ring", driver, spec.VIRTQ_AVAIL_ALIGN),
-            ("used ring", device, spec.VIRTQ_USED_ALIGN),
-        ):
-            if address % align:
-                raise BadDescriptorChain(f"{name} at {address:#x} is not a multiple of {align}")
-        self.size = size
-        self.table = memory.view(desc, spec.VIRTQ_DESC_SIZE * size)
-        self.avail = memory.view(driver, 6 + 2 * size).cast("H")
-        used = memory.view(device, 6 + 8 * size)
-        self.used = used.cast("H")
-        self.used_elements = used[4 : 4 + 8 * size].cast("Q")
 
 
 class SplitQueue(RingQueue):

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Worker:
     ) -> None:
         self.name = name
         self._on_error = on_error
-        self._serial = nullcontext() if serial is None else serial
+        self._serial = serial
         self._turn = threading.Lock()  # held by whoever runs a callback; taken before ``serial``
         self._visitor: int | None = None
         self._wake = EventFd()
@@ -207,6 +207,8 @@ class Worker:
             self._close()
 
     def _timeout(self) -> float | None:
+        if not self._calls and not self._timers:
+            return None  # whoever adds one later signals
         with self._lock:
             if self._calls:
                 return 0
@@ -222,6 +224,8 @@ class Worker:
             self._guarded(writable)
 
     def _run_calls(self) -> None:
+        if not self._calls and not self._timers:
+            return
         now = time.monotonic()
         with self._lock:
             calls, self._calls = self._calls, []
@@ -235,8 +239,11 @@ class Worker:
 
     def _guarded(self, function: Callable[[], None]) -> None:
         try:
-            with self._serial:
+            if self._serial is None:
                 function()
+            else:
+                with self._serial:
+                    function()
         except Exception as error:
             self._on_error(error)
 

@@ -106,7 +106,8 @@ class VdevSlot:
         if not self._threads_allowed:
             raise RuntimeError("ctx.worker is allowed from on_configured() on")
         if self._worker is None:
-            self._worker = Worker(f"vdev-{self.name}", self.fault, self.serial())
+            serial = None if issubclass(self.cls, VirtioVdev) else self._lock
+            self._worker = Worker(f"vdev-{self.name}", self.fault, serial)
         return self._worker
 
     def irq(self, index: int = 0) -> IrqLine:

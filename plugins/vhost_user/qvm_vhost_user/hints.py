@@ -43,13 +43,14 @@ def _data_queues(device_id: int, queue_sizes: Sequence[int]) -> int:
 
 
 def _qemu(device_id: int, queue_sizes: Sequence[int], name: str, path: Path) -> str:
+    # Legacy drivers, of which OVMF's is one, take QEMU's transitional devices, and what they say is refused.
     queues = _data_queues(device_id, queue_sizes)
     if device_id == NET:
         several = f",queues={queues // 2}" if queues > 2 else ""
         device = f"-netdev vhost-user,id={name}-net,chardev={name}{several} "
-        device += f"-device virtio-net-pci,netdev={name}-net{',mq=on' if several else ''}"
+        device += f"-device virtio-net-pci,netdev={name}-net,disable-legacy=on{',mq=on' if several else ''}"
     elif device_id == BLOCK:
-        device = f"-device vhost-user-blk-pci,chardev={name},num-queues={queues}"
+        device = f"-device vhost-user-blk-pci,chardev={name},num-queues={queues},disable-legacy=on"
     elif device_id == ENTROPY:
         device = f"-device vhost-user-rng-pci,chardev={name}"
     else:

@@ -74,19 +74,19 @@ class MemoryRegion:
         """Address of the first byte in this process, for engines that map their own memory by pointer."""
         return ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
-    def close(self) -> None:
-        """Drop the mapping. Views still held elsewhere keep the pages alive; idempotent."""
-        if self.fd < 0:
-            return
-        os.close(self.fd)
-        self.fd = -1
+    def close(self) -> bool:
+        """Drop the mapping; idempotent. False while views held elsewhere keep the pages alive."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
         try:
             self.view.release()
             self._whole.release()
             self._map.close()
         except BufferError:
-            # A worker that could not be stopped still holds a view; the pages go with the process.
-            pass
+            # A worker that could not be stopped, or what it left in a cycle, still holds a view.
+            return False
+        return True
 
 
 class GuestMemory:
@@ -139,10 +139,9 @@ class GuestMemory:
         self._regions = tuple(sorted(regions, key=lambda r: r.start))
         self._first = self._regions[0] if self._regions else None
 
-    def close(self) -> None:
-        """Unmap everything; idempotent."""
-        for region in self._regions:
-            region.close()
+    def close(self) -> bool:
+        """Unmap everything; idempotent. False while views held elsewhere keep pages alive."""
+        return all([region.close() for region in self._regions])
 
     def _find(self, address: int, size: int) -> MemoryRegion:
         if size >= 0:

@@ -7,6 +7,7 @@ nobody can be in it any more.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 
@@ -148,9 +149,16 @@ class ServedLife:
         bad = [step for step in steps if step.verdict != "ok"]
         quiet = not any(step.phase <= Phase.STOP_WORKERS or step.quiets for step in bad)
         if quiet:
-            self._memory.close()
+            self._unmap()
             self._bindings.forget(self.slot.vdev)
         return quiet
+
+    def _unmap(self) -> None:
+        """The client may be a guest of many gigabytes: nothing of it stays, also not in a cycle of garbage."""
+        if not self._memory.close():
+            gc.collect()
+            if not self._memory.close():
+                self.log.warning("something of the vdev still holds its client's memory")
 
     def _no_button(self) -> None:
         self.log.warning("pressed the power button: that of another VMM cannot be reached from here")

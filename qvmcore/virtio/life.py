@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 #: Seconds a reset waits for the worker to leave the device's code.
 QUIESCE_TIMEOUT = 1.0
+#: Entries; a chain is at most as long, and has to fit into one preadv (IOV_MAX).
+LARGEST_QUEUE = 1024
 
 #: Feature bits every device has, because the core implements them.
 CORE_FEATURES = (
@@ -356,6 +358,8 @@ class DeviceLife:
 def _checked_sizes(vdev: VirtioVdev) -> tuple[int, ...]:
     """``queue_sizes``, refused when the ring format or IOV_MAX could not follow."""
     for size in vdev.queue_sizes:
-        if not 1 <= size <= 1024 or size & (size - 1):
-            raise PluginError(f"{vdev.vdev_type}: queue sizes are powers of two up to 1024, not {size}")
+        if not 1 <= size <= LARGEST_QUEUE or size & (size - 1):
+            raise PluginError(
+                f"{vdev.vdev_type}: queue sizes are powers of two up to {LARGEST_QUEUE}, not {size}"
+            )
     return vdev.queue_sizes

@@ -66,6 +66,8 @@ class RemoteDriver(DeviceLife):
             if setup.ready:
                 raise GuestError(f"queue {index}: it runs already")
             setup.reset()
+            # No message tells a client what size a queue may have: most have one size for all.
+            setup.size_max = life.LARGEST_QUEUE
             setup.size, setup.desc, setup.driver, setup.device = size, desc, driver, device
             try:
                 setup.enable(self._vdev.ctx.memory, self._features)

@@ -110,6 +110,22 @@ def test_the_first_queue_activates_and_is_served_by_the_clients_descriptor(remot
     assert remote.calls.queues
 
 
+@pytest.mark.parametrize("size", [2, 256, 1024])
+def test_a_client_chooses_the_size_of_a_queue(remote: Remote, size: int) -> None:
+    """It is not told what the device would offer, 64 here."""
+    ram = GuestRam(remote.memory)
+    remote.ring = type(remote.ring)(ram, size, remote.features, remote.ring_the_bell)
+    remote.start()
+    for number in range(2 * size + 1):
+        remote.roundtrip(b"%d" % number)
+
+
+def test_a_queue_larger_than_any_is_refused(remote: Remote) -> None:
+    ring = remote.ring
+    with pytest.raises(GuestError, match="queue 0: size 2048 is not"):
+        remote.state.start_queue(0, 2048, ring.desc, ring.avail, ring.used)
+
+
 def test_a_stopped_queue_goes_on_where_it_was(remote: Remote) -> None:
     remote.start()
     for number in range(21):

@@ -113,6 +113,8 @@ def end(serving: Serving) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(serving.process.pid, signal.SIGKILL)
         serving.process.wait()
+        # pytest shows it with a test that failed.
+        print(serving.text)
 
 
 @pytest.fixture

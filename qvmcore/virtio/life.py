@@ -81,7 +81,9 @@ class DeviceLife:
         self._touched = False  # the device has something to undo at a reset
         self._hung = False
         self._ended = False
-        self._held = False  # the transport may not reach guest memory
+        self._out_of_reach = False  # the transport may not reach guest memory
+        self._incomplete = False  # guest memory is without some rings, until more of it comes
+        self._held = False  # one of these
 
     # ---- services for the device -----------------------------------------------------------
 
@@ -190,6 +192,8 @@ class DeviceLife:
         that the device serves elsewhere is still handed back. Survives a reset: it is the transport's.
         """
         with self._control:
+            self._out_of_reach = held
+            held = held or self._incomplete
             if held == self._held:
                 return
             self._held = held
@@ -218,6 +222,7 @@ class DeviceLife:
                 self._queues = [None] * len(self._setups)
                 for setup in self._setups:
                     setup.reset()
+                self._incomplete, self._held = False, self._out_of_reach
             self.config.refresh()
             self._transport.reset()
 

@@ -109,19 +109,22 @@ class RemoteDriver(DeviceLife):
             setup.reset()
             return queue.position
 
-    def remap(self, change: Callable[[], None]) -> None:
+    def remap(self, change: Callable[[], None], *, in_parts: bool = False) -> None:
         """Call ``change``, which replaces regions of guest memory, with the device out of all of it.
 
         Queues that run are found again at the same guest-physical addresses; where that is impossible,
         or chains in hand are not given back in time, the device needs a reset. Raises HostError, without
         the call, when the worker does not come; the device is lost then.
+
+        ``in_parts``: memory may go before it comes back, by several calls. While a queue has no rings
+        the device stays out of memory, as by :meth:`hold`, and the next call looks for them again.
         """
         with self._control:
             live = [queue for queue in self._queues if queue is not None and not queue.dead]
             if not live or self._hung:
                 change()
                 return
-            held, self._held = self._held, True
+            self._held = True
             try:
                 # Held, the worker takes nothing new; what others have in hand comes back meanwhile.
                 idle = _drained(live, life.QUIESCE_TIMEOUT)
@@ -130,14 +133,17 @@ class RemoteDriver(DeviceLife):
                 if not idle:
                     self.needs_reset(GuestError("memory changed with chains in hand"))
                     return
+                self._incomplete = False
                 for queue in live:
                     try:
                         self._setups[queue.index].rebind(self._vdev.ctx.memory, queue)
                     except GuestError as error:
-                        self.needs_reset(type(error)(f"queue {queue.index}: {error}"))
-                        return
+                        if not in_parts:
+                            self.needs_reset(type(error)(f"queue {queue.index}: {error}"))
+                            return
+                        self._incomplete = True
             finally:
-                self._held = held
+                self._held = self._out_of_reach or self._incomplete
                 for queue in live:
                     self._doorbells[queue.index].signal()
 

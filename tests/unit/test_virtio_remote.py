@@ -252,6 +252,60 @@ def test_memory_without_the_rings_needs_a_reset(remote: Remote) -> None:
     remote.state.negotiate(remote.features)
 
 
+def test_memory_that_goes_in_parts_is_waited_for(remote: Remote) -> None:
+    """QEMU takes all RAM away and gives it back in pieces, while queues run."""
+    remote.start()
+    remote.roundtrip()
+    regions = remote.memory.regions
+    remote.state.remap(partial(remote.memory.replace, []), in_parts=True)
+    assert remote.state.status & spec.DRIVER_OK and not remote.state.status & spec.DEVICE_NEEDS_RESET
+    assert remote.state.queue(0) is None
+    os.eventfd_write(remote.kick, 1)
+    # The bus has its own reasons; it does not give back what is not there.
+    remote.state.hold(True)
+    remote.state.hold(False)
+    remote.ctx.settle(5)
+    assert remote.state.queue(0) is None
+    remote.state.remap(partial(remote.memory.replace, regions), in_parts=True)
+    assert remote.state.queue(0) is not None
+    remote.roundtrip()
+
+
+def test_a_notification_while_memory_is_away_is_not_lost(remote: Remote) -> None:
+    remote.start()
+    regions = remote.memory.regions
+    remote.state.hold(True)
+    request = remote.ring.submit([b"ping"], [8])
+    remote.state.remap(partial(remote.memory.replace, []), in_parts=True)
+    remote.state.hold(False)
+    remote.ctx.settle(5)
+    remote.state.remap(partial(remote.memory.replace, regions), in_parts=True)
+    until(lambda: request in remote.ring.reap())
+
+
+def test_memory_that_comes_back_while_the_bus_holds_the_device_is_not_used(remote: Remote) -> None:
+    remote.start()
+    regions = remote.memory.regions
+    remote.state.remap(partial(remote.memory.replace, []), in_parts=True)
+    remote.state.hold(True)
+    remote.state.remap(partial(remote.memory.replace, regions), in_parts=True)
+    assert remote.state.queue(0) is None
+    remote.state.hold(False)
+    assert remote.state.queue(0) is not None
+    remote.roundtrip()
+
+
+def test_a_reset_ends_the_wait_for_memory(remote: Remote) -> None:
+    remote.start()
+    regions = remote.memory.regions
+    remote.state.remap(partial(remote.memory.replace, []), in_parts=True)
+    remote.state.reset()
+    remote.memory.replace(regions)
+    remote.state.negotiate(remote.features)
+    remote.start()
+    remote.roundtrip()
+
+
 def test_memory_changed_with_a_chain_in_hand_for_too_long_needs_a_reset(
     remote: Remote, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -138,7 +138,8 @@ class DmaMaps:
         memory, regions = self._served.memory, _regions(maps)
         try:
             if self._virtio is not None:
-                self._virtio.virtio.remap(lambda: memory.replace(regions))
+                # QEMU takes all RAM away and gives it back in other pieces, with the queues running.
+                self._virtio.virtio.remap(lambda: memory.replace(regions), in_parts=True)
             elif self._reached:
                 memory.replace(regions)
                 # What its worker does now may have begun with the memory of before.

@@ -36,12 +36,12 @@ TOOLS = {
     "tar": "tar",
     "setpriv": "util-linux",
 }
-MODULES = ("kvm_amd", "tun", "virtio_net", "vfio-pci", "vfio_iommu_type1")
+MODULES = ("kvm_amd", "tun", "virtio_net", "vfio-pci", "vfio_iommu_type1", "uio_cif", "uio_pci_generic")
 
 #: Runs in the initramfs; disks of the nvme driver are there from the start, it is built in. Which of the
 #: three gets which number is a race.
 SCRIPT = """
-modprobe -a kvm_amd tun virtio_net vfio-pci vfio_iommu_type1 || exit
+modprobe -a kvm_amd tun virtio_net vfio-pci vfio_iommu_type1 uio_cif uio_pci_generic || exit
 for serial in /sys/class/nvme/*/serial; do
   grep -q ^rig $serial && nvme=${serial%/serial} && nvme=/dev/${nvme##*/}
 done
@@ -152,7 +152,8 @@ def to_pass(folder: Path) -> list[str]:
     """Functions that tests take from the machine, each in an IOMMU group of its own, with their disks.
 
     ``slow`` answers 20 requests a second: with a queue of them it writes to memory for a while. The e1000e
-    receives what the machine sends to its other network device.
+    receives what the machine sends to its other network device. The shared memory is a BAR with registers
+    that remember what is written: a device for UIO.
     """
     plain, slow = folder / "plain.img", folder / "slow.img"
     plain.write_bytes(b"")
@@ -165,6 +166,7 @@ def to_pass(folder: Path) -> list[str]:
         "-netdev", "hubport,id=net,hubid=0", "-netdev", "hubport,id=feed,hubid=0",
         "-device", "virtio-net-pci,netdev=feed",
         *(word for n in range(4) for word in ("-device", f"pcie-root-port,id=rp{n},chassis={n},slot={n}")),
+        "-object", "memory-backend-ram,id=cells,size=1M,share=on", "-device", "ivshmem-plain,memdev=cells",
         "-device", "edu,bus=rp0", "-device", "e1000e,bus=rp1,netdev=net",
         "-device", "nvme,bus=rp2,serial=plain,drive=plain", "-device", "nvme,bus=rp3,serial=slow,drive=slow",
     ]  # fmt: skip

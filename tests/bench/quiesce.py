@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How fast devices are quiet, and what the guard process costs; with simulated devices.
 
-    python tests/bench/quiesce.py [--json] [--deaths 100]
+    python tests/bench/quiesce.py [--json] [--deaths 100] [--memory MIB]
 
 The devices live in memory that VM, guard and this process share, so the times are those of processes,
 signals and threads alone: no register access costs anything, and a reset waits as long as a real one.
@@ -33,14 +33,20 @@ from qvm_quiesce.subject import Policy
 
 #: A VM process as the guard sees it: it has a device, a guard, and is killed.
 VM = """
-import json, sys
+import json, mmap, os, sys
 from pathlib import Path
 from qvm_quiesce.attach import attach
 from qvm_quiesce.guard import Guard
 from qvm_quiesce.simulated import adopt
 from qvm_quiesce.subject import Policy
 
-values, fds, state = json.loads(sys.argv[1])
+values, fds, state, mebibytes = json.loads(sys.argv[1])
+# Memory as a guest's RAM is: shared, and written to.
+ram = os.memfd_create("ram")
+os.ftruncate(ram, mebibytes << 20)
+memory = mmap.mmap(ram, mebibytes << 20) if mebibytes else b""
+for start in range(0, len(memory), 4096):
+    memory[start] = 1
 device = adopt(values, fds)
 guard = Guard.start("bench", [(device, attach(device), Policy(watch=0.001))], Path(state))
 device.start()
@@ -50,11 +56,11 @@ sys.stdin.readline()
 GUARD_RUNS = 15
 
 
-def death(state: Path) -> float:
-    """Milliseconds from the SIGKILL of a VM to bus mastering off."""
+def death(state: Path, mebibytes: int = 0) -> float:
+    """Milliseconds from the SIGKILL of a VM with so much memory to bus mastering off."""
     device = shared("0000:01:00.0")
     handover = device.handover()
-    text = json.dumps([handover.values, handover.fds, str(state)])
+    text = json.dumps([handover.values, handover.fds, str(state), mebibytes])
     with subprocess.Popen(
         [sys.executable, "-c", VM, text],
         pass_fds=handover.fds,
@@ -129,12 +135,13 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--deaths", type=int, default=100)
+    parser.add_argument("--memory", type=int, default=0, metavar="MIB", help="memory of the VM that dies")
     arguments = parser.parse_args()
     # As in a VM and in its guard.
     sys.setswitchinterval(SWITCH_INTERVAL)
     with tempfile.TemporaryDirectory() as name:
         state = Path(name)
-        deaths = [death(state) for _ in range(arguments.deaths)]
+        deaths = [death(state, arguments.memory) for _ in range(arguments.deaths)]
         start, size = guards(state)
     one, eight = (statistics.median(whole(count) for _ in range(5)) for count in (1, 8))
     rows = {
@@ -152,9 +159,8 @@ def main() -> None:
     for key, (value, target) in rows.items():
         goal = f"   (target <= {target})" if target is not None else ""
         print(f"{key.replace('_', ' '):45} {value:8.2f}{goal}")
-    print(
-        f"{arguments.deaths} deaths; load of the host {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors"
-    )
+    load = f"load of the host {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors"
+    print(f"{arguments.deaths} deaths with {arguments.memory} MiB; {load}")
 
 
 if __name__ == "__main__":

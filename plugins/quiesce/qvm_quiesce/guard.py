@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from qvm_quiesce.attach import AttachRecord
-from qvm_quiesce.hardware import Hardware
+from qvm_quiesce.hardware import Handover, Hardware
+from qvm_quiesce.lifeline import Lifeline, LifelineError
 from qvm_quiesce.subject import Policy
 
 #: Descriptors that fit into one message (SCM_MAX_FD of Linux is 253).
@@ -39,9 +40,10 @@ class GuardError(Exception):
 class Guard:
     """A running guard. Any thread. ``state`` is where it keeps evidence and quarantine."""
 
-    def __init__(self, process: subprocess.Popen[bytes], channel: socket.socket) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], channel: socket.socket, lifeline: Lifeline) -> None:
         self._process = process
         self._channel = channel
+        self._lifeline = lifeline
         self._lock = threading.Lock()
         self._over = False
 
@@ -52,6 +54,20 @@ class Guard:
         Keep the object: when it goes, its socket closes, and the guard takes the VM for dead.
         """
         handovers = [hardware.handover() for hardware, _, _ in devices]
+        try:
+            lifeline = Lifeline()
+        except LifelineError as error:
+            raise GuardError(f"its lifeline cannot be made: {error}") from error
+        try:
+            return cls._start(vm, devices, state, handovers, lifeline)
+        except BaseException:
+            lifeline.release()
+            raise
+
+    @classmethod
+    def _start(
+        cls, vm: str, devices: Sequence[Device], state: Path, handovers: list[Handover], lifeline: Lifeline
+    ) -> Guard:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         paths = sorted({str(Path(__file__).parents[1]), *(each.path for each in handovers)})
         # Isolated and without site: a guard is small, and nothing of the environment steers it.
@@ -70,7 +86,7 @@ class Guard:
             raise
         finally:
             theirs.close()
-        guard = cls(process, ours)
+        guard = cls(process, ours, lifeline)
         try:
             ours.settimeout(START_TIMEOUT)
             guard._brief(vm, devices, [each._asdict() for each in handovers], state)
@@ -90,7 +106,7 @@ class Guard:
     def _brief(
         self, vm: str, devices: Sequence[Device], handovers: list[dict[str, Any]], state: Path
     ) -> None:
-        entries, fds = [], [os.pidfd_open(os.getpid())]
+        entries, fds = [], [os.pidfd_open(os.getpid()), self._lifeline.fd]
         for (_, attached, policy), handover in zip(devices, handovers, strict=True):
             own = handover.pop("fds")
             entry = {**handover, "attached": attached.to_json(), "policy": asdict(policy), "fds": len(own)}
@@ -128,6 +144,7 @@ class Guard:
                 if not over:
                     self._channel.close()
             if not over:
+                self._lifeline.release()
                 lost(status)
 
         threading.Thread(target=wait, name="guard-watch", daemon=True).start()
@@ -147,6 +164,7 @@ class Guard:
             # It is gone already; there is nothing it could do wrong.
             pass
         self._channel.close()
+        self._lifeline.release()
         if keep:
             return
         try:

@@ -15,6 +15,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from qvm_quiesce import state as files
 from qvm_quiesce.attach import AttachRecord
 from qvm_quiesce.evidence import Verdict
 from qvm_quiesce.hardware import Hardware
+from qvm_quiesce.lifeline import Listener
 from qvm_quiesce.runner import Quiesce
 from qvm_quiesce.subject import Policy
 
@@ -32,6 +34,8 @@ _IGNORED = (
     signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGXFSZ, signal.SIGIO,
 )  # fmt: skip
 
+#: Why a guard acts.
+GONE = "the VM process is gone"
 #: Seconds between two looks whether a VM that was killed lingers.
 LINGER_PERIOD = 1.0
 #: Seconds after which a thread that computes lets another one run.
@@ -54,8 +58,9 @@ def main(fd: int) -> None:
     channel = socket.socket(fileno=fd)
     try:
         brief, fds = _receive(channel)
-        devices = _adopt(brief["devices"], fds[1:])
+        devices = _adopt(brief["devices"], fds[2:])
         quiesce = Quiesce(brief["vm"], "guard", devices)
+        bell = _lifeline(fds[1])
     except Exception as error:
         channel.send(f"{type(error).__name__}: {error}".encode()[:4000])
         sys.exit(1)
@@ -64,7 +69,7 @@ def main(fd: int) -> None:
     except OSError:
         pass  # The VM is gone already: that is seen next.
     hardware = [each for each, _, _ in devices]
-    keep = _wait(channel, fds[0], brief["pid"])
+    keep = _wait(channel, fds[0], bell, brief["pid"], quiesce)
     if keep is None:
         keep = _act(quiesce, devices, Path(brief["state"]))
     keep &= {each.name for each in hardware}
@@ -93,7 +98,7 @@ def _act(quiesce: Quiesce, devices: list[Guarded], state: Path) -> set[str]:
     """Quiesce, record it, and say which devices' memory has to be kept."""
     evidence = quiesce.evidence
     try:
-        quiesce.stop_dma("the VM process is gone", at_once=True)
+        quiesce.stop_dma(GONE, at_once=True)
         quiesce.prove()
     except Exception as error:
         # Nothing is proven, so all of them count as quarantined; the kernel still does its own part.
@@ -131,11 +136,28 @@ def _keep_memory() -> None:
         signal.pause()
 
 
-def _wait(channel: socket.socket, pidfd: int, pid: int) -> set[str] | None:
-    """What the VM says must be kept when its plan has run; None when it is gone without a word."""
+def _lifeline(fd: int) -> int:
+    """A descriptor that is readable when the VM process has begun to die."""
+    listener, bell = Listener(fd), os.eventfd(0, os.EFD_CLOEXEC)
+
+    def listen() -> None:
+        if listener.wait():
+            os.eventfd_write(bell, 1)
+
+    threading.Thread(target=listen, name="lifeline", daemon=True).start()
+    return bell
+
+
+def _wait(channel: socket.socket, pidfd: int, bell: int, pid: int, quiesce: Quiesce) -> set[str] | None:
+    """What the VM says must be kept when its plan has run; None when it is gone without a word.
+
+    When it begins to die bus mastering goes off at once. The rest waits until none of its threads can be
+    inside an access any more: such a one might undo it.
+    """
     poll = select.poll()
-    for fd in (channel.fileno(), pidfd):
+    for fd in (channel.fileno(), pidfd, bell):
         poll.register(fd, select.POLLIN)
+    dying = False
     while True:
         ready = {fd for fd, _ in poll.poll(LINGER_PERIOD * 1000)}
         if channel.fileno() in ready:
@@ -143,12 +165,17 @@ def _wait(channel: socket.socket, pidfd: int, pid: int) -> set[str] | None:
                 return set(json.loads(channel.recv(1 << 20))["keep"])
             except (OSError, ValueError, KeyError, TypeError):
                 return None
-        if pidfd in ready or (not ready and _lingers(pid)):
+        if bell in ready:
+            poll.unregister(bell)
+            dying = True
+            quiesce.cut(GONE)
+        elif pidfd in ready or (not ready and (dying or _lingers(pid))):
             return None
 
 
 def _lingers(pid: int) -> bool:
-    """Whether a process is dead but for a thread that cannot die: it sits in an uninterruptible call.
+    """Whether a process is dead but for a thread that cannot die: it sits in an uninterruptible call, or
+    the kernel writes a core dump, which takes as long as its memory is large.
 
     Neither its socket nor its pidfd tell, and its devices go on. Its main thread has ended, or has a
     SIGKILL that it cannot take (every fatal signal becomes one for the other threads).
@@ -160,7 +187,9 @@ def _lingers(pid: int) -> bool:
         finally:
             os.close(fd)
         values = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-        return values["State"].split()[0] in ("Z", "X") or bool(int(values["SigPnd"], 16) & _SIGKILL_BIT)
+        if values["State"].split()[0] in ("Z", "X") or values.get("CoreDumping", "").strip() == "1":
+            return True
+        return bool(int(values["SigPnd"], 16) & _SIGKILL_BIT)
     except (OSError, ValueError, KeyError, IndexError):
         return False  # Then it is gone altogether, which the pidfd tells.
 

@@ -259,6 +259,8 @@ class Step:
     even_if_lost: Callable[[Subject], bool] = _never
 
 
+#: What a guard does when the VM has only begun to die; all of STOP_DMA follows when it is dead.
+CUT = Step("cut", bus_master_off, _seconds(_REGISTERS))
 #: Before any other thing: the dangerous part ends here.
 STOP_DMA: tuple[Step, ...] = (
     Step("revoke", revoke, _seconds(1.0)),
@@ -309,4 +311,4 @@ def _digest(subject: Subject) -> int:
     return digest
 
 
-__all__ = ["MASK_AND_RESET", "PROVE", "STOP_DMA", "Step"]
+__all__ = ["CUT", "MASK_AND_RESET", "PROVE", "STOP_DMA", "Step"]

@@ -150,13 +150,42 @@ def test_whatever_ends_the_vm_the_guard_quiesces(start: Start, state: Path, end:
     assert (body["by"], body["verdict"], body["cause"]) == ("guard", "QUIESCED", "the VM process is gone")
     devices = body["devices"]
     assert isinstance(devices, list)
-    # Bus mastering goes first when nobody is left.
-    assert [each["steps"][0]["step"] for each in devices] == ["bus-master-off"] * 2
+    # Bus mastering goes first when nobody is left, and before that when somebody is about to go.
+    order = [[step["step"] for step in each["steps"] if step["step"] != "cut"] for each in devices]
+    assert [each[0] for each in order] == ["bus-master-off"] * 2
     wait_for(lambda: not running(vm.guard), "the guard's end")
     assert all(device.done["closed"] and device.done["unmapped"] for device in vm.devices)
     written = [device.written for device in vm.devices]
     time.sleep(0.05)
     assert [device.written for device in vm.devices] == written
+
+
+#: The thread with the lifeline dies, and no other does: so a process looks whose memory is being freed.
+DYING = "guard._lifeline._mutex.unlock = lambda: 0; guard._lifeline._over.set(); time.sleep(0.3);"
+
+
+@pytest.mark.parametrize(
+    "then",
+    ["time.sleep(60)", "[device.start() for device in devices]; os.kill(os.getpid(), signal.SIGKILL)"],
+    ids=["lingers", "undoes it"],
+)
+def test_bus_mastering_goes_off_when_the_vm_begins_to_die(start: Start, state: Path, then: str) -> None:
+    """And again when it is dead: one of its threads may have been inside an access."""
+    vm = start()
+    vm.order(DYING + then)
+    wait_for(lambda: not any(device.running for device in vm.devices), "bus mastering off")
+    body = record(state)
+    assert body["verdict"] == "QUIESCED"
+    devices = body["devices"]
+    assert isinstance(devices, list)
+    for device in devices:
+        steps = {step["step"]: step for step in device["steps"]}
+        assert list(steps)[:2] == ["cut", "bus-master-off"]
+        # Bits of the command register: it was on, is off; and was on again if somebody did that.
+        assert steps["cut"]["read"] == ["command=0x0006", "command=0x0002"]
+        assert steps["bus-master-off"]["at"] > 0.1
+        assert (steps["bus-master-off"]["read"][0] == "command=0x0006") == ("start" in then)
+    assert not any(device.running for device in vm.devices)
 
 
 def test_a_vm_that_did_its_own_part_leaves_the_guard_nothing_to_do(start: Start, state: Path) -> None:

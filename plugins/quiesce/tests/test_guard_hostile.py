@@ -293,7 +293,8 @@ def test_a_guard_has_no_descriptor_but_its_own_and_holds_no_folder(state: Path, 
         os.close(another)
     assert pipe not in fds
     # Python's mmap keeps a descriptor of its own.
-    assert len(fds) == 3 + 1 + 1 + 2 * 2, f"standard ones, socket, pidfd, the device's two: {fds}"
+    expected = 3 + 1 + 1 + 2 + 2 * 2
+    assert len(fds) == expected, f"standard ones, socket, pidfd, lifeline and bell, the device's two: {fds}"
     assert cwd == Path("/")
 
 

@@ -14,14 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from qvm_vhost_user.testing import Client, Closed, Feature, Message, Refused, Region
+from qvm_vhost_user.protocol import ProtocolFeature, Request
+from qvm_vhost_user.testing import Client, Closed, Refused, Region
 from qvm_vhost_user.testing_driver import USER, VhostUserDriver
 from qvm_virtio_blk.testing import GET_ID, IN, OK, OUT, header
 
 from qvmcore.memory import GuestMemory
 from qvmcore.testing.driver import PackedDriver
 from qvmcore.testing.fakes import RAM
-from qvmcore.testing.ring import Request
+from qvmcore.testing.ring import Request as Chain
 from qvmcore.types import MemorySpec
 
 QSD = "qemu-storage-daemon"
@@ -61,9 +62,9 @@ def driver(server: Path) -> Iterator[VhostUserDriver]:
     memory.close()
 
 
-def complete(driver: VhostUserDriver, index: int, count: int) -> list[Request]:
+def complete(driver: VhostUserDriver, index: int, count: int) -> list[Chain]:
     """Wait for that many requests of a queue."""
-    done: list[Request] = []
+    done: list[Chain] = []
     while len(done) < count:
         done += driver.queues[index].reap()
         assert len(done) == count or driver.wait(index), f"{len(done)} of {count} requests came back"
@@ -71,9 +72,14 @@ def complete(driver: VhostUserDriver, index: int, count: int) -> list[Request]:
 
 
 def test_it_negotiates_what_both_have(driver: VhostUserDriver) -> None:
-    for feature in (Feature.MQ, Feature.REPLY_ACK, Feature.CONFIG, Feature.BACKEND_REQ):
+    for feature in (
+        ProtocolFeature.MQ,
+        ProtocolFeature.REPLY_ACK,
+        ProtocolFeature.CONFIG,
+        ProtocolFeature.BACKEND_REQ,
+    ):
         assert driver.client.has(feature)
-    assert not driver.client.has(Feature.STATUS)
+    assert not driver.client.has(ProtocolFeature.STATUS)
     driver.start()
     assert driver.status & 8 and not driver.needs_reset
     assert len(driver.queues) == 2  # GET_QUEUE_NUM, not the four asked for
@@ -162,8 +168,8 @@ def test_the_next_client_is_served_where_the_first_left(server: Path, driver: Vh
 
 def test_memory_in_slots(driver: VhostUserDriver) -> None:
     client = driver.client
-    assert client.has(Feature.CONFIGURE_MEM_SLOTS)
-    assert client.ask_u64(Message.GET_MAX_MEM_SLOTS) >= 8
+    assert client.has(ProtocolFeature.CONFIGURE_MEM_SLOTS)
+    assert client.ask_u64(Request.GET_MAX_MEM_SLOTS) >= 8
     driver.start(1 << 32)
     memory = GuestMemory.allocate([MemorySpec(0x1_0000_0000, 1 << 20)])
     more = memory.regions[0]

@@ -15,86 +15,38 @@ interop documents, by message name.
 
 from __future__ import annotations
 
-import enum
 import os
 import socket
-import struct
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-#: Flags of a header: version 1 in the low two bits.
-VERSION, REPLY, NEED_REPLY = 1, 4, 8
-#: Feature bits that belong to the protocol and not to virtio.
-F_LOG_ALL, F_PROTOCOL_FEATURES = 26, 30
-#: In the number of a kick, call or error descriptor: none is sent.
-NO_FD = 1 << 8
+from qvm_vhost_user.protocol import (
+    ADDRESS,
+    CONFIG,
+    F_PROTOCOL_FEATURES,
+    HEADER,
+    INFLIGHT,
+    NEED_REPLY,
+    NO_FD,
+    REGION,
+    REPLY,
+    STATE,
+    TABLE,
+    U64,
+    VERSION,
+    BackendRequest,
+    ProtocolFeature,
+    Request,
+)
+
+#: A feature bit that belongs to the protocol and not to virtio: log what is written.
+F_LOG_ALL = 26
 #: Most descriptors one message may carry on Linux (SCM_MAX_FD).
 FDS_MAX = 253
-
-HEADER = struct.Struct("=III")
-U64 = struct.Struct("=Q")
-STATE = struct.Struct("=II")
-ADDRESS = struct.Struct("=IIQQQQ")
-REGION = struct.Struct("=QQQQ")
-TABLE = struct.Struct("=II")
-CONFIG = struct.Struct("=III")
-INFLIGHT = struct.Struct("=QQHH")
-
-
-class Message(enum.IntEnum):
-    """Requests of the client."""
-
-    GET_FEATURES = 1
-    SET_FEATURES = 2
-    SET_OWNER = 3
-    RESET_OWNER = 4
-    SET_MEM_TABLE = 5
-    SET_LOG_BASE = 6
-    SET_LOG_FD = 7
-    SET_VRING_NUM = 8
-    SET_VRING_ADDR = 9
-    SET_VRING_BASE = 10
-    GET_VRING_BASE = 11
-    SET_VRING_KICK = 12
-    SET_VRING_CALL = 13
-    SET_VRING_ERR = 14
-    GET_PROTOCOL_FEATURES = 15
-    SET_PROTOCOL_FEATURES = 16
-    GET_QUEUE_NUM = 17
-    SET_VRING_ENABLE = 18
-    SET_BACKEND_REQ_FD = 21
-    GET_CONFIG = 24
-    SET_CONFIG = 25
-    GET_INFLIGHT_FD = 31
-    SET_INFLIGHT_FD = 32
-    RESET_DEVICE = 34
-    GET_MAX_MEM_SLOTS = 36
-    ADD_MEM_REG = 37
-    REM_MEM_REG = 38
-    SET_STATUS = 39
-    GET_STATUS = 40
-
-
-class Feature(enum.IntEnum):
-    """Protocol features this client uses, bit numbers."""
-
-    MQ = 0
-    REPLY_ACK = 3
-    BACKEND_REQ = 5
-    CONFIG = 9
-    INFLIGHT_SHMFD = 12
-    RESET_DEVICE = 13
-    CONFIGURE_MEM_SLOTS = 15
-    STATUS = 16
-
-
-#: Everything of it.
-ALL_FEATURES = sum(1 << bit for bit in Feature)
-
-#: Request of the server: the configuration changed.
-CONFIG_CHANGE = 2
+#: Every protocol feature this client uses.
+ALL_FEATURES = sum(feature.mask for feature in ProtocolFeature)
 
 
 class Closed(Exception):
@@ -250,7 +202,7 @@ class Client:
 
     def tell(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
         """A request without an answer, acknowledged where REPLY_ACK is in force."""
-        if not self.has(Feature.REPLY_ACK):
+        if not self.has(ProtocolFeature.REPLY_ACK):
             self.send(request, payload, fds)
             return
         self.send(request, payload, fds, flags=VERSION | NEED_REPLY)
@@ -260,44 +212,44 @@ class Client:
         if result:
             raise Refused(f"{_name(request)}: the server answers {result}")
 
-    def has(self, feature: Feature) -> bool:
+    def has(self, feature: ProtocolFeature) -> bool:
         """Whether a protocol feature is in force."""
         return bool(self.protocol >> feature & 1)
 
     def negotiate(self, wanted: int = ALL_FEATURES) -> int:
         """SET_OWNER and the protocol features both have; those in force."""
-        self.tell(Message.SET_OWNER)
-        if self.ask_u64(Message.GET_FEATURES) >> F_PROTOCOL_FEATURES & 1:
-            self.set_protocol_features(self.ask_u64(Message.GET_PROTOCOL_FEATURES) & wanted)
+        self.tell(Request.SET_OWNER)
+        if self.ask_u64(Request.GET_FEATURES) >> F_PROTOCOL_FEATURES & 1:
+            self.set_protocol_features(self.ask_u64(Request.GET_PROTOCOL_FEATURES) & wanted)
         return self.protocol
 
     def set_protocol_features(self, features: int) -> None:
         """SET_PROTOCOL_FEATURES; in force from the next message on."""
-        self.tell(Message.SET_PROTOCOL_FEATURES, U64.pack(features))
+        self.tell(Request.SET_PROTOCOL_FEATURES, U64.pack(features))
         self.protocol = features
 
     def set_mem_table(self, regions: Sequence[Region]) -> None:
         """SET_MEM_TABLE: guest memory is this from now on."""
         table = TABLE.pack(len(regions), 0) + b"".join(region.pack() for region in regions)
-        self.tell(Message.SET_MEM_TABLE, table, [region.fd for region in regions])
+        self.tell(Request.SET_MEM_TABLE, table, [region.fd for region in regions])
 
     def add_mem_reg(self, region: Region) -> None:
         """ADD_MEM_REG: one more region."""
-        self.tell(Message.ADD_MEM_REG, U64.pack(0) + region.pack(), [region.fd])
+        self.tell(Request.ADD_MEM_REG, U64.pack(0) + region.pack(), [region.fd])
 
     def rem_mem_reg(self, region: Region) -> None:
         """REM_MEM_REG: one less."""
-        self.tell(Message.REM_MEM_REG, U64.pack(0) + region.pack())
+        self.tell(Request.REM_MEM_REG, U64.pack(0) + region.pack())
 
-    def set_vring(self, request: Message, index: int, value: int) -> None:
+    def set_vring(self, request: Request, index: int, value: int) -> None:
         """SET_VRING_NUM, _BASE or _ENABLE."""
         self.tell(request, STATE.pack(index, value))
 
     def set_vring_addr(self, index: int, desc: int, used: int, avail: int, flags: int = 0) -> None:
         """SET_VRING_ADDR, in addresses of the client."""
-        self.tell(Message.SET_VRING_ADDR, ADDRESS.pack(index, flags, desc, used, avail, 0))
+        self.tell(Request.SET_VRING_ADDR, ADDRESS.pack(index, flags, desc, used, avail, 0))
 
-    def set_vring_fd(self, request: Message, index: int, fd: int | None) -> None:
+    def set_vring_fd(self, request: Request, index: int, fd: int | None) -> None:
         """SET_VRING_KICK, _CALL or _ERR; None sends no descriptor."""
         if fd is None:
             self.tell(request, U64.pack(index | NO_FD))
@@ -306,37 +258,37 @@ class Client:
 
     def get_vring_base(self, index: int) -> int:
         """GET_VRING_BASE: stops the ring; where it was."""
-        answered, base = STATE.unpack(self.ask(Message.GET_VRING_BASE, STATE.pack(index, 0)).payload)
+        answered, base = STATE.unpack(self.ask(Request.GET_VRING_BASE, STATE.pack(index, 0)).payload)
         assert answered == index, f"asked for ring {index}, answered for {answered}"
         return int(base)
 
     def get_config(self, offset: int, size: int) -> bytes:
         """GET_CONFIG: bytes of the device configuration. Refused when the server says that it cannot."""
-        answer = self.ask(Message.GET_CONFIG, CONFIG.pack(offset, size, 0) + bytes(size)).payload
+        answer = self.ask(Request.GET_CONFIG, CONFIG.pack(offset, size, 0) + bytes(size)).payload
         if len(answer) < CONFIG.size + size:
             raise Refused(f"GET_CONFIG of {size} bytes at {offset}: {len(answer)} bytes came")
         return answer[CONFIG.size :]
 
     def set_config(self, offset: int, data: bytes, flags: int = 0) -> None:
         """SET_CONFIG: the guest writes to the device configuration."""
-        self.tell(Message.SET_CONFIG, CONFIG.pack(offset, len(data), flags) + data)
+        self.tell(Request.SET_CONFIG, CONFIG.pack(offset, len(data), flags) + data)
 
     def get_inflight(self, queues: int, queue_size: int) -> Inflight:
         """GET_INFLIGHT_FD: a buffer the server remembers requests in."""
-        answer = self.ask(Message.GET_INFLIGHT_FD, INFLIGHT.pack(0, 0, queues, queue_size))
+        answer = self.ask(Request.GET_INFLIGHT_FD, INFLIGHT.pack(0, 0, queues, queue_size))
         assert len(answer.fds) == 1, f"{len(answer.fds)} descriptors came with GET_INFLIGHT_FD"
         size, offset, queues, queue_size = INFLIGHT.unpack(answer.payload)
         return Inflight(size, offset, queues, queue_size, answer.fds[0])
 
     def set_inflight(self, inflight: Inflight) -> None:
         """SET_INFLIGHT_FD: give that buffer back, to the same server or the next."""
-        self.tell(Message.SET_INFLIGHT_FD, inflight.pack(), [inflight.fd])
+        self.tell(Request.SET_INFLIGHT_FD, inflight.pack(), [inflight.fd])
 
     def backend_channel(self) -> BackendChannel:
         """SET_BACKEND_REQ_FD: a channel for requests of the server."""
         ours, theirs = socket.socketpair()
         with theirs:
-            self.tell(Message.SET_BACKEND_REQ_FD, b"", [theirs.fileno()])
+            self.tell(Request.SET_BACKEND_REQ_FD, b"", [theirs.fileno()])
         return BackendChannel(ours)
 
 
@@ -355,7 +307,7 @@ class BackendChannel:
                 request, flags, size = HEADER.unpack(header)
                 assert flags & 7 == VERSION, f"a request of the server has flags {flags:#x}"
                 assert size == 0, f"a configuration change has no payload, but {size} bytes came"
-                assert request == CONFIG_CHANGE, f"the server asks for {request}"
+                assert request == BackendRequest.CONFIG_CHANGE, f"the server asks for {request}"
                 self.config_changes += 1
                 if flags & NEED_REPLY:
                     self.socket.sendall(HEADER.pack(request, VERSION | REPLY, U64.size) + U64.pack(0))
@@ -370,4 +322,4 @@ class BackendChannel:
 
 
 def _name(request: int) -> str:
-    return Message(request).name if request in set(Message) else f"message {request}"
+    return Request(request).name if request in set(Request) else f"message {request}"

@@ -19,20 +19,16 @@ import select
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from qvm_vhost_user.protocol import F_PROTOCOL_FEATURES, U64, ProtocolFeature, Request
 from qvm_vhost_user.testing import (
     ALL_FEATURES,
     F_LOG_ALL,
-    F_PROTOCOL_FEATURES,
-    U64,
     BackendChannel,
     Client,
-    Feature,
     Inflight,
-    Message,
     Refused,
     Region,
 )
-
 from qvmcore.testing.driver import VirtioDriver
 from qvmcore.testing.ring import GuestRam, RingDriver
 
@@ -130,8 +126,8 @@ class VhostUserDriver(VirtioDriver):
         running = [index for index, vring in enumerate(self._vrings) if vring.started]
         for index in running:
             self._start_vring(index, positions[index])
-        if client.has(Feature.STATUS):
-            client.tell(Message.SET_STATUS, U64.pack(self._status))
+        if client.has(ProtocolFeature.STATUS):
+            client.tell(Request.SET_STATUS, U64.pack(self._status))
         for index in running:
             os.eventfd_write(self._vrings[index].kick, 1)
 
@@ -157,8 +153,8 @@ class VhostUserDriver(VirtioDriver):
     @property
     def status(self) -> int:
         """The device status field; with STATUS in force the server's opinion of it."""
-        if self.client.has(Feature.STATUS):
-            return self.client.ask_u64(Message.GET_STATUS)
+        if self.client.has(ProtocolFeature.STATUS):
+            return self.client.ask_u64(Request.GET_STATUS)
         return self._status
 
     @status.setter
@@ -175,12 +171,12 @@ class VhostUserDriver(VirtioDriver):
                 if vring.ready:
                     self._start_vring(index)
         self._status |= value
-        if self.client.has(Feature.STATUS):
-            self.client.tell(Message.SET_STATUS, U64.pack(self._status))
+        if self.client.has(ProtocolFeature.STATUS):
+            self.client.tell(Request.SET_STATUS, U64.pack(self._status))
 
     def offered(self, words: int = 4) -> int:
         """The features the device offers, without those of the protocol."""
-        return self.client.ask_u64(Message.GET_FEATURES) & ~_OWN_BITS
+        return self.client.ask_u64(Request.GET_FEATURES) & ~_OWN_BITS
 
     def accept(self, features: int, words: int = 4) -> None:
         """What SET_FEATURES will say."""
@@ -195,7 +191,7 @@ class VhostUserDriver(VirtioDriver):
         self._selected = index
         if index >= len(self._sizes):
             return 0
-        if self.client.has(Feature.MQ) and index >= self.client.ask_u64(Message.GET_QUEUE_NUM):
+        if self.client.has(ProtocolFeature.MQ) and index >= self.client.ask_u64(Request.GET_QUEUE_NUM):
             return 0
         return self._sizes[index]
 
@@ -221,9 +217,12 @@ class VhostUserDriver(VirtioDriver):
             os.eventfd_write(self._vrings[index].kick, 1)
 
     def reset_queue(self, index: int) -> None:
-        """Stop one queue: a front-end resets it by that."""
+        """Stop one queue: a front-end resets it by that. What was noted in flight is void."""
         self.stop_queue(index)
         self._vrings[index].ready = False
+        if self.inflight is not None:
+            part = self.inflight.size // self.inflight.queues
+            os.pwrite(self.inflight.fd, bytes(part), self.inflight.offset + index * part)
 
     def interrupt_status(self) -> int:
         """Bit 0: a call descriptor is signalled; bit 1: the configuration changed since this was read."""
@@ -257,23 +256,23 @@ class VhostUserDriver(VirtioDriver):
 
     def _greet(self) -> None:
         self.client.negotiate(self._wanted)
-        if self.client.has(Feature.BACKEND_REQ):
+        if self.client.has(ProtocolFeature.BACKEND_REQ):
             self.channel = self.client.backend_channel()
 
     def _send_features(self) -> bool:
         """Whether the server takes them; what the protocol cannot say nobody takes."""
-        if self.features >> 64:
+        if self.features >> 64 or self.features & _OWN_BITS:
             return False
         own = 1 << F_PROTOCOL_FEATURES if self.client.protocol else 0
         try:
-            self.client.tell(Message.SET_FEATURES, U64.pack(self.features | own))
+            self.client.tell(Request.SET_FEATURES, U64.pack(self.features | own))
         except Refused:
             return False
         return True
 
     def _send_memory(self) -> None:
         self.client.set_mem_table(self.regions())
-        if not self.client.has(Feature.INFLIGHT_SHMFD):
+        if not self.client.has(ProtocolFeature.INFLIGHT_SHMFD):
             return
         if self.inflight is None:
             ready = [vring.size for vring in self._vrings if vring.ready]
@@ -284,15 +283,15 @@ class VhostUserDriver(VirtioDriver):
         client, vring = self.client, self._vrings[index]
         packed = self.features >> _PACKED & 1
         desc, avail, used = (place + USER for place in vring.places)
-        client.set_vring(Message.SET_VRING_NUM, index, vring.size)
+        client.set_vring(Request.SET_VRING_NUM, index, vring.size)
         fresh = _FRESH_PACKED if packed else 0
-        client.set_vring(Message.SET_VRING_BASE, index, fresh if position is None else position)
+        client.set_vring(Request.SET_VRING_BASE, index, fresh if position is None else position)
         client.set_vring_addr(index, desc, used, avail)
-        client.set_vring_fd(Message.SET_VRING_CALL, index, vring.call)
-        client.set_vring_fd(Message.SET_VRING_ERR, index, vring.err)
-        client.set_vring_fd(Message.SET_VRING_KICK, index, vring.kick)
+        client.set_vring_fd(Request.SET_VRING_CALL, index, vring.call)
+        client.set_vring_fd(Request.SET_VRING_ERR, index, vring.err)
+        client.set_vring_fd(Request.SET_VRING_KICK, index, vring.kick)
         if client.protocol:
-            client.set_vring(Message.SET_VRING_ENABLE, index, 1)
+            client.set_vring(Request.SET_VRING_ENABLE, index, 1)
         vring.started = True
 
     def _reset(self) -> None:
@@ -304,10 +303,10 @@ class VhostUserDriver(VirtioDriver):
             for fd in (vring.kick, vring.call, vring.err):
                 if select.select([fd], [], [], 0)[0]:
                     os.eventfd_read(fd)
-        if self.client.has(Feature.STATUS):
-            self.client.tell(Message.SET_STATUS, U64.pack(0))
-        elif self.client.has(Feature.RESET_DEVICE):
-            self.client.tell(Message.RESET_DEVICE)
+        if self.client.has(ProtocolFeature.STATUS):
+            self.client.tell(Request.SET_STATUS, U64.pack(0))
+        elif self.client.has(ProtocolFeature.RESET_DEVICE):
+            self.client.tell(Request.RESET_DEVICE)
         if self.inflight is not None:
             os.close(self.inflight.fd)
             self.inflight = None

@@ -175,7 +175,11 @@ class RingQueue(Virtqueue):
         self.notify()
         self.kill()
         self._on_error(error)
-        raise error from None
+        try:
+            raise error from None
+        finally:
+            # It holds this frame by its traceback: a circle, in which views of guest memory live on.
+            del error
 
     def _check_table(self, length: int, flags: int) -> None:
         """The rules of 2.7.5.3.1 and 2.8.19 for a descriptor that refers to an indirect table."""

@@ -54,13 +54,28 @@ def set_up_logging(verbosity: int, log_file: str | None) -> None:
     root.addHandler(to_stderr)
     if log_file is not None:
         to_file = _ToFile(log_file)
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        to_file.setFormatter(_Dated("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root.addHandler(to_file)
     root.setLevel(logging.DEBUG if log_file is not None else level)
 
 
+def _subject(record: logging.LogRecord) -> str:
+    """``NAME: `` for what a vdev says of itself, unless it begins with that."""
+    prefix = f"{getattr(record, 'vdev', '')}: "
+    return "" if prefix == ": " or record.getMessage().startswith(prefix) else prefix
+
+
 class _ToFile(logging.FileHandler):
     """The log file."""
+
+
+class _Dated(logging.Formatter):
+    """Lines that say which vdev they are about."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        """The message with its subject."""
+        record.message = f"{_subject(record)}{record.message}"
+        return super().formatMessage(record)
 
 
 class _ToStderr(logging.Handler):
@@ -70,7 +85,7 @@ class _ToStderr(logging.Handler):
         """Write one record."""
         try:
             kind = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-            text = f"qvm: {kind}{self.format(record)}"
+            text = f"qvm: {kind}{_subject(record)}{self.format(record)}"
             end = "\n"
             if sys.stderr.isatty():
                 text, end = text.replace("\n", "\r\n"), "\r\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -51,6 +52,13 @@ class Serving:
     def socket(self, name: str) -> Path:
         """The socket of a device."""
         return self.folder / f"{name}.sock"
+
+    def status(self, name: str) -> dict[str, Any]:
+        """What ``qvm status`` tells of a vdev."""
+        words = [sys.executable, "-m", "qvmcore", "status", "--json", str(self.process.pid)]
+        done = subprocess.run(words, check=True, capture_output=True)
+        vdevs = {each["name"]: each["status"] for each in json.loads(done.stdout)["vdevs"]}
+        return dict(vdevs[name])
 
     def until(self, condition: Callable[[], object], what: str, limit: float = LIMIT) -> None:
         """Wait for it; fails, also when the server ends, with all it said."""

@@ -194,6 +194,21 @@ def test_a_read_only_disk_is_one_in_the_guest_too(
 
 
 @OURS
+def test_every_fsync_is_a_flush(disk: Disk, uml: Callable[..., linux.Uml], image: Path) -> None:
+    script = """
+    for n in 1 2 3 4 5; do dd if=/dev/zero of=/dev/vda bs=64k count=1 seek=$n conv=notrunc,fsync; done
+    echo ready; read go
+    """
+    serving, socket = disk(image)
+    guest = uml(script, [(socket, linux.BLK)], modules="virtio_blk")
+    guest.expect("^ready$")
+    status = serving.status("disk0")
+    guest.type("go")
+    guest.wait()
+    assert status["flushes"] >= 5 and status["bytes_written"] == 5 << 16
+
+
+@OURS
 def test_a_resize_is_noticed_by_a_message_on_the_back_end_channel(
     disk: Disk, uml: Callable[..., linux.Uml], image: Path
 ) -> None:

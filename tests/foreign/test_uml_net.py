@@ -92,6 +92,27 @@ def test_two_guests_on_a_cable_ping_and_copy_over_tcp(
     serving.stop()
 
 
+def test_a_guest_that_was_killed_is_replaced_on_its_cable(
+    serve: Callable[..., Serving], uml: Callable[..., linux.Uml], short: Path
+) -> None:
+    cable = str(short / "cable")
+    serving = serve(vdev("one", peer=cable) + vdev("two", peer=cable), "one", "two")
+    stays = uml(f"{up(1)}\nread go", [(serving.socket("one"), linux.NET)], modules="virtio_net")
+    for fate in ("killed", "ended"):
+        other = uml(
+            f"{up(2)}\ninside ping 192.0.2.1 64 1400\necho pinged\nread go",
+            [(serving.socket("two"), linux.NET)],
+            modules="virtio_net",
+        )
+        other.expect("^pinged$")
+        if fate == "killed":
+            other.kill()
+    for guest in (stays, other):
+        guest.type("go")
+        guest.wait()
+    serving.stop()
+
+
 def test_a_guest_on_a_tap_copies_to_the_host(
     serve: Callable[..., Serving], uml: Callable[..., linux.Uml]
 ) -> None:

@@ -132,6 +132,9 @@ def _read(connection: socket.socket, size: int, fds: list[Fd], part: str = "") -
             raise ClientError(
                 f"more than {TABLE_REGIONS} descriptors came at once, or this process has no room for more"
             )
+        if len(fds) > TABLE_REGIONS:
+            # A few with every byte would be many.
+            raise ClientError(f"more than {TABLE_REGIONS} descriptors came with one message")
         if not piece:
             if data or part:
                 raise ClientError(f"it left in the middle of a message's {part or 'header'}")

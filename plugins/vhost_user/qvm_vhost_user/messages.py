@@ -7,6 +7,7 @@ from typing import Final
 
 from qvm_vhost_user.buffer import InflightBuffer
 from qvm_vhost_user.channel import BackendChannel
+from qvm_vhost_user.hints import NET
 from qvm_vhost_user.memory import MemoryTable, parse_single, parse_table
 from qvm_vhost_user.protocol import (
     ADDRESS,
@@ -60,6 +61,9 @@ _CHANGING: Final = frozenset(
 )
 
 _OWN = 1 << F_PROTOCOL_FEATURES
+#: The control queue of a network card, and what needs it: receive modes, VLANs, announcements, pairs, MAC.
+_NET_CTRL_VQ = 1 << 17
+_NEED_NET_CTRL_VQ = 1 << 18 | 1 << 19 | 1 << 21 | 1 << 22 | 1 << 23
 #: Flag of SET_CONFIG: the front-end writes for the guest, or restores a migrated device.
 _CONFIG_FLAGS = (0, 1)
 
@@ -105,7 +109,7 @@ class Messages:
 
     def _set_features(self, message: Message) -> Answer:
         (value,) = U64.unpack(message.payload)
-        features, state = value & ~_OWN, self._state
+        features, state = self._complete(value & ~_OWN), self._state
         broken = bool(state.status & BROKEN)
         if state.status & FEATURES_OK and (broken or features != state.features):
             # Another driver: the guest has reset the device, which no other message need have told.
@@ -118,6 +122,15 @@ class Messages:
             self.rings.enable_all()
         self.rings.settle_all()
         return None
+
+    def _complete(self, features: int) -> int:
+        """With the control queue of a network card, when the client has features that need it.
+
+        QEMU is such a queue's device itself, and acknowledges here neither the queue nor what it said.
+        """
+        if self._vdev.device_id == NET and features & _NEED_NET_CTRL_VQ:
+            features |= self._state.offered & _NET_CTRL_VQ
+        return features
 
     def _get_protocol_features(self, message: Message) -> Answer:
         return U64.pack(PROTOCOL_FEATURES), -1

@@ -89,9 +89,10 @@ class VfioUserSession:
             link.reply(message, payload)
 
     def _tell(self, message: Message, error: Refused) -> None:
-        """Once per connection and command at INFO, so that no client fills the log."""
+        """Once per connection and command at INFO, so that no client fills the log; QEMU asks for more
+        types of interrupts than there are, and gets no line at all."""
         log = self._served.log
-        if message.command in self._told:
+        if message.command in self._told or message.command == Command.DEVICE_GET_IRQ_INFO:
             log.debug("%s refused: %s", message.name, error)
         else:
             self._told.add(message.command)
@@ -111,6 +112,14 @@ class VfioUserSession:
         argsz = spec.DEVICE_INFO.unpack(message.payload)[0]
         if argsz < spec.DEVICE_INFO.size:
             raise Refused(errno.EINVAL, f"argsz {argsz}")
+        try:
+            self._dma.check_shared()
+        except ClientError as error:
+            # QEMU, which has told all its memory by now, ends well with an error to this message; a
+            # connection that closes while it looks at the device makes it abort.
+            self._told.add(message.command)
+            self._served.log.warning("client refused: %s", error)
+            raise Refused(errno.EINVAL, str(error)) from error
         flags = spec.DEVICE_RESETS | spec.DEVICE_PCI
         return spec.DEVICE_INFO.pack(spec.DEVICE_INFO.size, flags, spec.REGIONS, spec.IRQS)
 

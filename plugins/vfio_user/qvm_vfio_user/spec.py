@@ -59,8 +59,8 @@ CONFIG_SIZE = 256
 
 IRQ_INFO = struct.Struct("<IIII")  # argsz, flags, index, count
 IRQ_EVENTFD, IRQ_MASKABLE, IRQ_AUTOMASKED = 1, 2, 4
-#: 1 is MSI, 3 errors, 4 requests to give the device back: there are none of these.
-INTX, MSIX, IRQS = 0, 2, 5
+#: 1 is MSI, of which there are none. Errors (3) and requests to give the device back (4) are no types here.
+INTX, MSIX, IRQS = 0, 2, 3
 
 SET_IRQS = struct.Struct("<IIIII")  # argsz, flags, index, start, count
 DATA_NONE, DATA_BOOL, DATA_EVENTFD = 0x01, 0x02, 0x04

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qvm_vfio_user.testing import CONFIG_REGION, MAP, UNMAP, UNMAP_ALL, Command
+from qvm_vfio_user.testing import CONFIG_REGION, INFO, MAP, UNMAP, UNMAP_ALL, Command
 from qvm_vfio_user.version import MAPS_MAX
 
 from plugins.vfio_user.tests.vfio_bench import (
@@ -25,6 +25,7 @@ from plugins.vfio_user.tests.vfio_bench import (
 from qvmcore.api import GuestMemoryError
 
 TOP = 1 << 64
+OPTION = "-object memory-backend-memfd,id=mem,size=...,share=on -machine memory-backend=mem"
 
 
 def ask_map(
@@ -310,21 +311,26 @@ def test_DMA_UNMAP_is_refused_when_the_worker_does_not_come_and_the_memory_stays
         leave.set()
 
 
-@pytest.mark.parametrize("command", ["read", "write"])
-def test_a_client_that_shares_no_ram_is_told_which_option_it_lacks(command: str) -> None:
+@pytest.mark.parametrize("command", ["info", "read", "write"])
+def test_a_client_that_shares_no_ram_is_told_which_option_it_lacks(
+    command: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with serving() as bench:
         bench.client.version()
-        bench.client.dma_map(0, 0xA0000, None)
         bench.client.dma_map(0xC0000, 0x20000, None, flags=1)
-        bench.client.info()
-        bench.client.region(7)
-        if command == "read":
+        if command != "info":
+            bench.client.info()
+            bench.client.region(7)
+        bench.client.dma_map(0, 0xA0000, None)
+        if command == "info":
+            # The connection stays, for QEMU to leave in order; the option is said here, too.
+            assert bench.client.ask(Command.GET_INFO, INFO.pack(16, 0, 0, 0)).errno == errno.EINVAL
+            assert OPTION in caplog.text
+        if command != "write":
             bench.client.post(Command.REGION_READ, bytes(8) + b"\x07\0\0\0\x04\0\0\0")
         else:
             bench.client.post(Command.REGION_WRITE, bytes(12) + b"\x04\0\0\0" + bytes(4))
-        assert "-object memory-backend-memfd,id=mem,size=...,share=on -machine memory-backend=mem" in (
-            bench.broken()
-        )
+        assert OPTION in bench.broken()
 
 
 def test_roms_and_bars_of_others_do_not_count_as_ram_that_is_not_shared() -> None:

@@ -43,8 +43,9 @@ def test_DEVICE_GET_IRQ_INFO_says_intx_and_the_vectors() -> None:
     with serving() as bench:
         bench.client.version()
         # INTx: eventfd, maskable, masks itself. MSI-X: eventfds, each set by itself. No others.
-        assert [bench.client.irq(index) for index in range(5)] == [(7, 1), (0, 0), (1, 2), (0, 0), (0, 0)]
-        for argsz, index in ((15, 0), (16, 5), (16, 0xFFFFFFFF)):
+        assert [bench.client.irq(index) for index in range(3)] == [(7, 1), (0, 0), (1, 2)]
+        # QEMU warns of a type for errors that has none, and says nothing of one that is not there.
+        for argsz, index in ((15, 0), (16, 3), (16, 4), (16, 0xFFFFFFFF)):
             assert bench.client.ask(Command.GET_IRQ_INFO, INFO.pack(argsz, 0, index, 0)).errno == errno.EINVAL
 
 

@@ -101,8 +101,11 @@ class Vrings:
     # ---- messages ------------------------------------------------------------------------------------
 
     def set_size(self, index: int, size: int) -> None:
-        """SET_VRING_NUM. Raises GuestError for a ring that runs."""
-        self._refuse_running(index, "its size").size = size
+        """SET_VRING_NUM. Raises GuestError for a ring that runs, and for no size."""
+        ring = self._refuse_running(index, "its size")
+        if not size:
+            raise GuestError(f"ring {index}: a size of 0")
+        ring.size = size
 
     def set_position(self, index: int, position: int) -> None:
         """SET_VRING_BASE. Raises GuestError for a ring that runs."""

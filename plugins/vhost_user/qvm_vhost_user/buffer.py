@@ -6,20 +6,13 @@ alone, so that the format of the rings need not be known when the memory is made
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from qvm_vhost_user.inflight import QueueInflight, region_size
 from qvm_vhost_user.protocol import INFLIGHT
 from qvm_vhost_user.wire import Fd
 from qvmcore.api import ClientError, GuestError, HostError, MemoryRegion, MemorySpec
 
-if TYPE_CHECKING:
-    from qvm_vhost_user.inflight import QueueInflight
-
-#: Largest queue of a device, and what the parts of two queues do not share: a cache line.
+#: Largest queue of a device.
 QUEUE_SIZE_MAX = 1024
-_LINE = 64
-#: Bytes of a part before its entries, and of an entry: those of a packed ring, which are the larger ones.
-_HEAD, _ENTRY = 32, 32
 
 
 class InflightBuffer:
@@ -75,9 +68,6 @@ class InflightBuffer:
             raise GuestError(
                 f"ring {index} has {size} entries, its in-flight memory was made for {self._queue_size}"
             )
-        # Most clients do without.
-        from qvm_vhost_user.inflight import QueueInflight
-
         part = _part(self._queue_size)
         return QueueInflight(self._region.view[part * index : part * (index + 1)], packed=packed, size=size)
 
@@ -101,5 +91,4 @@ def _parse(payload: bytes, queues_max: int) -> tuple[int, int, int, int]:
 
 
 def _part(queue_size: int) -> int:
-    needed = _HEAD + _ENTRY * queue_size
-    return -(-needed // _LINE) * _LINE
+    return max(region_size(queue_size, packed=packed) for packed in (False, True))

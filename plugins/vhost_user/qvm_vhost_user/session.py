@@ -102,7 +102,8 @@ class VhostUserSession:
             if request is Request.SET_FEATURES and not acknowledged:
                 # It would go on with features that are not in force.
                 raise ClientError(f"its features are refused: {error}") from error
-            log.warning("%s refused: %s", request.name, error)
+            # The text: whoever keeps the record would keep the memory that the error's traceback holds.
+            log.warning("%s refused: %s", request.name, str(error))
         except ClientError:
             raise
         except QvmError as error:

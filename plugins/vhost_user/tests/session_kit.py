@@ -1,0 +1,148 @@
+"""A vdev and its session in this process, with clients at the other ends of socket pairs."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import socket
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from qvm_vhost_user.session import VhostUserSession
+from qvm_vhost_user.testing import ALL_FEATURES, Client
+from qvm_vhost_user.testing_driver import VhostUserDriver
+
+from qvmcore.api import GuestEnd, GuestMemory, MemorySpec, Phase, Reason, TerminationCallback, VirtioVdev
+from qvmcore.options import convert_options
+from qvmcore.testing.fakes import FakeContext
+
+#: Seconds until something that has to happen is given up.
+LIMIT = 10.0
+RAM = (MemorySpec(0x8000_0000, 4 << 20),)
+
+V = TypeVar("V", bound=VirtioVdev)
+
+
+class ServedVdev(Generic[V]):
+    """A Served with a vdev made from options, and its session. A context manager that ends its life."""
+
+    function = None
+    config = None
+
+    def __init__(self, cls: type[V], **options: object) -> None:
+        converted, problems = convert_options(cls.Options, options, Path())
+        assert not problems, problems
+        self.memory = GuestMemory()
+        self.ctx = FakeContext(f"{cls.vdev_type}_test", self.memory, cls.irqs)
+        self.log = self.ctx.log
+        self.name = self.ctx.name
+        self.used = False
+        self.vdev = cls(self.ctx, converted)
+        self.ctx.threads_allowed = True
+        self.vdev.on_configured()
+        self.session = VhostUserSession(self)
+        self.vdev.on_starting()
+
+    def fault(self, error: BaseException) -> None:
+        """See Served."""
+        self.ctx.fault(error)
+
+    def reset(self) -> None:
+        """See Served."""
+        self.vdev.on_reset()
+
+    def connect(self) -> Connection:
+        """A client, served on a thread of its own."""
+        return Connection(self.session)
+
+    @contextlib.contextmanager
+    def driver(
+        self, protocol: int = ALL_FEATURES, *, packed: bool = False, wanted: int | None = None
+    ) -> Iterator[VhostUserDriver]:
+        """A driver that has started the device."""
+        memory = GuestMemory.allocate(RAM)
+        connection = self.connect()
+        driver = VhostUserDriver(connection.client, memory, self.vdev.queue_sizes, protocol=protocol)
+        try:
+            driver.packed = packed
+            driver.start(wanted)
+            yield driver
+        finally:
+            driver.close()
+            error = connection.finish()
+            memory.close()
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """The termination plan, as the core runs it, then the client's memory is unmapped."""
+        plan = self.ctx.plan
+        plan.add(TerminationCallback("worker", Phase.STOP_WORKERS, self._stop_worker, 3.0))
+        plan.add(TerminationCallback("vdev", Phase.RELEASE, self.vdev.on_terminate, 3.0))
+        plan.run(GuestEnd(Reason.GUEST_SHUTDOWN, "test"))
+        self.memory.close()
+
+    def _stop_worker(self, _end: GuestEnd) -> None:
+        assert self.ctx.stop_worker(), "the worker did not stop"
+
+    def __enter__(self) -> ServedVdev[V]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Connection:
+    """A client, and the session that serves it."""
+
+    def __init__(self, session: Any) -> None:
+        self.server, ours = socket.socketpair()
+        self.client = Client(ours)
+        self.error: BaseException | None = None
+        self._session = session
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._session.serve(self.server)
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.server.close()
+
+    def finish(self) -> BaseException | None:
+        """The client leaves; what the session raised."""
+        self.client.close()
+        return self.ended()
+
+    def ended(self) -> BaseException | None:
+        """Wait until the session has returned; what it raised."""
+        self._thread.join(LIMIT)
+        assert not self._thread.is_alive(), "the session did not return"
+        return self.error
+
+    def __enter__(self) -> Client:
+        return self.client
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.finish()
+
+
+def descriptors() -> Counter[str]:
+    """What this process has open, by kind."""
+    gc.collect()
+    kinds: Counter[str] = Counter()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            kinds[str(Path(f"/proc/self/fd/{name}").readlink()).rstrip("0123456789]")] += 1
+    return kinds

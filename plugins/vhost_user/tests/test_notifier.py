@@ -1,0 +1,187 @@
+"""Descriptors for wake-ups (SET_VRING_KICK, CALL, ERR) and the channel of SET_BACKEND_REQ_FD."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+
+import pytest
+from qvm_vhost_user.channel import BackendChannel
+from qvm_vhost_user.notifier import Notifier, check
+from qvm_vhost_user.testing import BackendChannel as FarEnd
+from qvm_vhost_user.wire import Fd
+from session_kit import descriptors
+
+from qvmcore.api import ClientError
+
+LOG = logging.LoggerAdapter(logging.getLogger("qvm.vdev.test"), {})
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_open() -> Iterator[None]:
+    before = descriptors()
+    yield
+    assert descriptors() == before
+
+
+def folder() -> int:
+    return os.open("/", os.O_RDONLY)
+
+
+def file() -> int:
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def null() -> int:
+    return os.open(os.devnull, os.O_RDWR)
+
+
+def epoll() -> int:
+    with select.epoll() as poll:
+        return os.dup(poll.fileno())
+
+
+def datagram() -> int:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).detach()
+
+
+def internet() -> int:
+    return socket.socket(socket.AF_INET).detach()
+
+
+def stream() -> int:
+    return socket.socket(socket.AF_UNIX).detach()
+
+
+@pytest.mark.parametrize(
+    "make", [folder, file, null, epoll, datagram, internet, lambda: os.memfd_create("x")]
+)
+@pytest.mark.parametrize("writes", [True, False], ids=["call", "kick"])
+def test_what_may_block_or_never_be_ready_is_no_wake_up(make: Callable[[], int], writes: bool) -> None:
+    fd = Fd(make())
+    with pytest.raises(ClientError, match=r"the fd is .*, expected an eventfd or a pipe"):
+        check(fd, "the fd", writes=writes)
+    fd.close()
+
+
+def test_a_kick_is_no_socket_but_a_call_may_be_one() -> None:
+    fd = Fd(stream())
+    with pytest.raises(ClientError, match=r"is socket:.*, expected an eventfd or a pipe"):
+        check(fd, "the kick", writes=False)
+    check(fd, "the call", writes=True)
+    assert not os.get_blocking(fd.number)
+    fd.close()
+
+
+def test_eventfds_and_the_right_ends_of_pipes_are_made_non_blocking() -> None:
+    reader, writer = map(Fd, os.pipe())
+    event = Fd(os.eventfd(0))
+    check(event, "both", writes=True)
+    check(event, "both", writes=False)
+    check(reader, "the kick", writes=False)
+    check(writer, "the call", writes=True)
+    assert not any(os.get_blocking(fd.number) for fd in (event, reader, writer))
+    with pytest.raises(ClientError, match="the call cannot be written"):
+        check(reader, "the call", writes=True)
+    with pytest.raises(ClientError, match="the kick cannot be read"):
+        check(writer, "the kick", writes=False)
+    for fd in (reader, writer, event):
+        fd.close()
+
+
+def test_a_signal_is_eight_bytes_and_never_waits() -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    notifier = Notifier()
+    notifier.signal()
+    notifier.set(Fd(writer))
+    notifier.signal()
+    assert os.read(reader, 100) == (1).to_bytes(8, "little")
+    for _ in range(65536 // 8 + 10):
+        notifier.signal()
+    os.close(reader)
+    notifier.signal()
+    notifier.signal()
+    notifier.set(None)
+
+
+def test_a_descriptor_that_is_replaced_is_closed_and_silent() -> None:
+    one, other = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK)
+    seen = os.dup(one)
+    notifier = Notifier()
+    notifier.set(Fd(one))
+    notifier.set(Fd(other))
+    notifier.signal()
+    assert os.eventfd_read(other) == 1
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(seen)
+    notifier.set(None)
+    os.close(seen)
+
+
+# ---- SET_BACKEND_REQ_FD ------------------------------------------------------------------------------
+
+
+def channel_and_far_end() -> tuple[BackendChannel, FarEnd]:
+    ours, theirs = socket.socketpair()
+    channel = BackendChannel(LOG)
+    channel.set(Fd(ours.detach()))
+    return channel, FarEnd(theirs)
+
+
+def test_CONFIG_CHANGE_is_sent_on_the_channel() -> None:
+    channel, far = channel_and_far_end()
+    channel.config_changed()
+    channel.config_changed()
+    assert far.poll(1.0) == 2
+    channel.close()
+    channel.close()
+    channel.config_changed()
+    far.close()
+
+
+def test_CONFIG_CHANGE_is_dropped_with_one_line_when_nobody_reads(caplog: pytest.LogCaptureFixture) -> None:
+    channel, far = channel_and_far_end()
+    for _ in range(20000):
+        channel.config_changed()
+    assert [record.message for record in caplog.records] == [
+        "the client does not read; it is not told of configuration changes"
+    ]
+    told = far.poll()
+    assert 0 < told < 20000
+    channel.config_changed()
+    assert far.poll(1.0) == told + 1, "once it reads, it is told again"
+    channel.close()
+    far.close()
+
+
+def test_CONFIG_CHANGE_to_a_client_that_closed_its_end_is_forgotten() -> None:
+    channel, far = channel_and_far_end()
+    far.close()
+    channel.config_changed()
+    channel.config_changed()
+    channel.close()
+
+
+def test_SET_BACKEND_REQ_FD_again_replaces_the_channel() -> None:
+    channel, far = channel_and_far_end()
+    ours, theirs = socket.socketpair()
+    channel.set(Fd(ours.detach()))
+    channel.config_changed()
+    second = FarEnd(theirs)
+    assert (far.poll(), second.poll(1.0)) == (0, 1)
+    for each in (channel, far, second):
+        each.close()
+
+
+@pytest.mark.parametrize("make", [folder, file, null, datagram, internet, lambda: os.eventfd(0)])
+def test_SET_BACKEND_REQ_FD_takes_unix_stream_sockets_only(make: Callable[[], int]) -> None:
+    channel, fd = BackendChannel(LOG), Fd(make())
+    with pytest.raises(ClientError, match="no Unix stream socket"):
+        channel.set(fd)
+    fd.close()

@@ -1,0 +1,370 @@
+"""Messages that are about the device as a whole, in a session with a real vdev."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+from qvm_vhost_user.protocol import CONFIG, NEEDS, SHAPES, STATE, U64, ProtocolFeature, Request
+from qvm_vhost_user.testing import ALL_FEATURES, Client, Closed, Refused
+from qvm_virtio_blk.device import VirtioBlk
+from qvm_virtio_entropy import VirtioEntropy
+from session_kit import ServedVdev, descriptors
+
+from qvmcore.api import ClientError, VirtioVdev, Virtqueue
+from qvmcore.virtio import spec
+
+OWN = 1 << 30
+VERSION_1 = 1 << spec.VIRTIO_F_VERSION_1
+PACKED = 1 << spec.VIRTIO_F_RING_PACKED
+ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK = 1, 2, 4, 8
+F_CONFIG_WCE, WCE = 1 << 11, 32
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_open() -> Iterator[None]:
+    before = descriptors()
+    yield
+    assert descriptors() == before
+
+
+@pytest.fixture
+def served() -> Iterator[ServedVdev[VirtioEntropy]]:
+    with ServedVdev(VirtioEntropy) as served:
+        yield served
+
+
+@pytest.fixture
+def disk(tmp_path: object) -> Iterator[ServedVdev[VirtioBlk]]:
+    with open(f"{tmp_path}/disk.img", "wb") as image:
+        image.truncate(1 << 20)
+    with ServedVdev(VirtioBlk, hostdev=f"{tmp_path}/disk.img") as served:
+        yield served
+
+
+def rejected(served: ServedVdev[VirtioVdev], talk: Callable[[Client], object], message: str) -> None:
+    """The client is shut out with this message for what it says, and nothing of it stays."""
+    before = descriptors()
+    connection = served.connect()
+    with pytest.raises(Closed):
+        talk(connection.client)
+        connection.client.receive()
+    error = connection.finish()
+    assert isinstance(error, ClientError) and message in str(error), error
+    assert descriptors() == before
+    assert served.ctx.faults == []
+
+
+# ---- features ----------------------------------------------------------------------------------------
+
+
+def test_GET_FEATURES_has_the_protocols_bit_but_not_what_it_cannot_carry(
+    served: ServedVdev[VirtioEntropy],
+) -> None:
+    with served.connect() as client:
+        offered = client.ask_u64(Request.GET_FEATURES)
+    assert offered & OWN and offered & VERSION_1 and offered & PACKED
+    assert not offered & (1 << spec.VIRTIO_F_RING_RESET | 1 << spec.VIRTIO_F_IN_ORDER)
+    assert not served.used, "looking at a device does not use it up"
+
+
+def test_GET_PROTOCOL_FEATURES_has_the_eight_that_are_served(served: ServedVdev[VirtioEntropy]) -> None:
+    with served.connect() as client:
+        assert client.ask_u64(Request.GET_PROTOCOL_FEATURES) == ALL_FEATURES
+
+
+def test_SET_PROTOCOL_FEATURES_that_were_not_offered(served: ServedVdev[VirtioEntropy]) -> None:
+    rejected(
+        served,
+        lambda client: client.send(Request.SET_PROTOCOL_FEATURES, U64.pack(1 << 1 | 1)),
+        "SET_PROTOCOL_FEATURES accepts 0x2, which were not offered",
+    )
+
+
+def test_SET_FEATURES_uses_the_device_and_GET_STATUS_shows_FEATURES_OK(
+    served: ServedVdev[VirtioEntropy],
+) -> None:
+    with served.connect() as client:
+        client.negotiate()
+        assert client.ask_u64(Request.GET_STATUS) == 0
+        client.tell(Request.SET_FEATURES, U64.pack(VERSION_1 | OWN))
+        assert client.ask_u64(Request.GET_STATUS) == ACKNOWLEDGE | DRIVER | FEATURES_OK
+        assert served.vdev.virtio.features == VERSION_1
+    assert served.used
+
+
+@pytest.mark.parametrize("features", [0, VERSION_1 | 1 << 63, VERSION_1 | 1 << spec.VIRTIO_F_RING_RESET])
+def test_SET_FEATURES_that_cannot_be_is_answered_or_ends_the_connection(
+    served: ServedVdev[VirtioEntropy], features: int
+) -> None:
+    with served.connect() as client:
+        client.negotiate()
+        with pytest.raises(Refused):
+            client.tell(Request.SET_FEATURES, U64.pack(features))
+        assert not client.ask_u64(Request.GET_STATUS) & FEATURES_OK
+        client.tell(Request.SET_FEATURES, U64.pack(VERSION_1))
+    rejected(
+        served,
+        lambda client: client.send(Request.SET_FEATURES, U64.pack(features)),
+        "its features are refused",
+    )
+
+
+@pytest.mark.parametrize("request_", list(NEEDS), ids=lambda request: request.name)
+def test_a_message_of_a_protocol_feature_that_is_not_in_force(
+    served: ServedVdev[VirtioEntropy], request_: Request
+) -> None:
+    shape, feature = SHAPES[request_], NEEDS[request_]
+
+    def talk(client: Client) -> None:
+        client.negotiate(ALL_FEATURES & ~feature.mask)
+        fd = os.memfd_create("carried")
+        try:
+            client.send(request_, bytes(shape.least), [fd] * shape.fds[0])
+        finally:
+            os.close(fd)
+
+    rejected(served, talk, f"{request_.name} without the protocol feature {feature.name}")
+
+
+def test_REPLY_ACK_answers_only_who_asks_and_once_it_is_in_force(served: ServedVdev[VirtioEntropy]) -> None:
+    with served.connect() as client:
+        client.send(Request.SET_OWNER, flags=1 | 8)
+        client.send(Request.SET_PROTOCOL_FEATURES, U64.pack(ProtocolFeature.REPLY_ACK.mask))
+        client.send(Request.SET_OWNER)
+        assert client.ask_u64(Request.GET_FEATURES), "nothing came before"
+        client.send(Request.SET_OWNER, flags=1 | 8)
+        assert client.receive() == (Request.SET_OWNER, 5, U64.pack(0), [])
+        client.send(Request.GET_QUEUE_NUM, flags=1 | 8)
+        assert client.receive()[2] == U64.pack(1), "its own answer is enough"
+        assert client.ask_u64(Request.GET_FEATURES)
+
+
+def test_GET_QUEUE_NUM_and_GET_MAX_MEM_SLOTS(disk: ServedVdev[VirtioBlk]) -> None:
+    with disk.connect() as client:
+        client.negotiate()
+        assert client.ask_u64(Request.GET_QUEUE_NUM) == len(disk.vdev.queue_sizes)
+        assert client.ask_u64(Request.GET_MAX_MEM_SLOTS) == 64
+
+
+# ---- status and reset --------------------------------------------------------------------------------
+
+
+def test_SET_STATUS_is_the_drivers_and_0_resets(served: ServedVdev[VirtioEntropy]) -> None:
+    with served.connect() as client:
+        client.negotiate()
+        client.tell(Request.SET_FEATURES, U64.pack(VERSION_1 | OWN))
+        client.tell(Request.SET_STATUS, U64.pack(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK))
+        assert client.ask_u64(Request.GET_STATUS) == ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
+        client.tell(Request.SET_STATUS, U64.pack(0))
+        assert client.ask_u64(Request.GET_STATUS) == 0
+    rejected(
+        served, lambda client: (client.negotiate(), client.send(Request.SET_STATUS, U64.pack(256))), "8 bits"
+    )
+
+
+@pytest.mark.parametrize("request_", [Request.RESET_DEVICE, Request.SET_STATUS], ids=lambda each: each.name)
+def test_a_reset_forgets_features_and_what_was_written(
+    disk: ServedVdev[VirtioBlk], request_: Request
+) -> None:
+    with disk.driver() as driver:
+        driver.client.set_config(WCE, b"\0")
+        assert driver.client.get_config(WCE, 1) == b"\0"
+        driver.client.tell(request_, U64.pack(0) if request_ is Request.SET_STATUS else b"")
+        assert driver.client.get_config(WCE, 1) == b"\1"
+        assert disk.vdev.virtio.features == 0
+
+
+# ---- configuration -----------------------------------------------------------------------------------
+
+
+def test_GET_CONFIG_gives_as_many_bytes_as_asked_for(disk: ServedVdev[VirtioBlk]) -> None:
+    whole = disk.vdev.config_space()
+    with disk.connect() as client:
+        client.negotiate()
+        assert client.get_config(0, 8) == (2048).to_bytes(8, "little")
+        assert client.get_config(4, 20) == whole[4:24]
+        # A front end may know a longer structure than the device.
+        assert client.get_config(0, 256) == whole.ljust(256, b"\0")
+
+
+@pytest.mark.parametrize(("offset", "size"), [(0, 0), (64, 1), (0xFFFF_FFFF, 4)])
+def test_GET_CONFIG_of_nothing_has_an_answer_without_payload(
+    disk: ServedVdev[VirtioBlk], offset: int, size: int
+) -> None:
+    with disk.connect() as client:
+        client.negotiate()
+        answer = client.ask(Request.GET_CONFIG, CONFIG.pack(offset, size, 0) + bytes(size))
+        assert answer.payload == b""
+        assert client.get_config(0, 1)
+
+
+@pytest.mark.parametrize("request_", [Request.GET_CONFIG, Request.SET_CONFIG], ids=lambda each: each.name)
+def test_a_configuration_access_whose_size_is_not_that_of_its_payload(
+    disk: ServedVdev[VirtioBlk], request_: Request
+) -> None:
+    def talk(client: Client) -> None:
+        client.negotiate()
+        client.send(request_, CONFIG.pack(0, 5, 0) + bytes(4))
+
+    rejected(disk, talk, f"{request_.name} says 5 bytes and has 4")
+
+
+def test_SET_CONFIG_writes_what_may_be_written(disk: ServedVdev[VirtioBlk]) -> None:
+    with disk.connect() as client:
+        client.negotiate()
+        client.tell(Request.SET_FEATURES, U64.pack(VERSION_1 | F_CONFIG_WCE))
+        before = client.get_config(0, 60)
+        client.set_config(WCE, b"\0")
+        client.set_config(0, b"\xff" * 8)
+        after = client.get_config(0, 60)
+    assert after == before[:WCE] + b"\0" + before[WCE + 1 :]
+
+
+@pytest.mark.parametrize(("offset", "size"), [(0, 0), (61, 4), (0xFFFF_FFFF, 1)])
+def test_SET_CONFIG_outside_the_configuration_is_refused(
+    disk: ServedVdev[VirtioBlk], offset: int, size: int
+) -> None:
+    with disk.connect() as client:
+        client.negotiate()
+        with pytest.raises(Refused):
+            client.set_config(offset, bytes(size))
+        assert client.get_config(0, 1)
+
+
+def test_SET_CONFIG_with_unknown_flags(disk: ServedVdev[VirtioBlk]) -> None:
+    def talk(client: Client) -> None:
+        client.negotiate()
+        client.set_config(WCE, b"\0", flags=2)
+
+    rejected(disk, talk, "SET_CONFIG has flags 0x2, expected 0 or 1")
+
+
+# ---- in flight ---------------------------------------------------------------------------------------
+
+
+def test_GET_INFLIGHT_FD_gives_memory_that_SET_INFLIGHT_FD_takes(disk: ServedVdev[VirtioBlk]) -> None:
+    with disk.connect() as client:
+        client.negotiate()
+        buffer = client.get_inflight(1, 128)
+        assert (buffer.queues, buffer.queue_size, buffer.offset) == (1, 128, 0)
+        assert os.fstat(buffer.fd).st_size >= buffer.size
+        client.set_inflight(buffer)
+        # As compilers lay it out, with padding at the end, and as they do not.
+        for size in (20, 24):
+            answer = client.ask(Request.GET_INFLIGHT_FD, buffer.pack().ljust(size, b"\0"))
+            assert len(answer.payload) == size
+            os.close(answer.fds[0])
+        os.close(buffer.fd)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"queues": 0}, "in-flight memory for 0 queues of 128"),
+        ({"queues": 9}, "in-flight memory for 9 queues of 128"),
+        ({"queue_size": 0}, "in-flight memory for 1 queues of 0"),
+        ({"queue_size": 2048}, "in-flight memory for 1 queues of 2048"),
+        ({"size": 100}, "SET_INFLIGHT_FD has 100 bytes"),
+        ({"offset": 4096 * 4096}, "is not inside a file"),
+        ({"offset": 2**64 - 1}, "is not inside a file"),
+    ],
+)
+def test_SET_INFLIGHT_FD_that_lies(disk: ServedVdev[VirtioBlk], change: dict[str, int], message: str) -> None:
+    def talk(client: Client) -> None:
+        client.negotiate()
+        buffer = client.get_inflight(1, 128)
+        try:
+            client.set_inflight(buffer._replace(**change))
+        finally:
+            os.close(buffer.fd)
+
+    rejected(disk, talk, message)
+
+
+# ---- the session -------------------------------------------------------------------------------------
+
+
+def test_the_next_client_finds_the_same_session_while_nothing_was_used(
+    served: ServedVdev[VirtioEntropy],
+) -> None:
+    for _ in range(3):
+        with served.connect() as client:
+            client.negotiate()
+            client.backend_channel().close()
+            client.set_vring(Request.SET_VRING_NUM, 0, 32)
+    assert not served.used
+    with served.driver() as driver:
+        driver.queues[0].submit([], [8])
+        assert driver.wait(0)
+
+
+def test_serve_returns_when_the_core_shuts_the_socket_down(served: ServedVdev[VirtioEntropy]) -> None:
+    connection = served.connect()
+    connection.client.negotiate()
+    connection.server.shutdown(socket.SHUT_RDWR)
+    assert connection.ended() is None
+    connection.client.close()
+
+
+class Clumsy(VirtioVdev):
+    """Raises wherever it is called."""
+
+    vdev_type = "clumsy"
+    device_id = 4
+    queue_sizes = (64,)
+
+    def config_space(self) -> bytes:
+        return bytes(4)
+
+    def config_write(self, offset: int, data: bytes) -> None:
+        raise RuntimeError("clumsy config_write")
+
+    def on_activate(self, features: int) -> None:
+        raise RuntimeError("clumsy on_activate")
+
+    def handle_queue(self, index: int, queue: Virtqueue) -> None:
+        raise AssertionError("not active")
+
+
+def test_what_the_vdev_raises_is_its_fault_and_not_the_connections() -> None:
+    with ServedVdev(Clumsy) as served, served.connect() as client:
+        client.negotiate()
+        with pytest.raises(Refused):
+            client.set_config(0, b"\0")
+        assert [str(error) for error in served.ctx.faults] == ["clumsy config_write"]
+        client.tell(Request.SET_FEATURES, U64.pack(VERSION_1))
+        with pytest.raises(Refused):
+            client.tell(Request.SET_STATUS, U64.pack(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK))
+        assert str(served.ctx.faults[-1]) == "clumsy on_activate"
+        assert client.ask_u64(Request.GET_STATUS) & spec.DEVICE_NEEDS_RESET
+
+
+def test_a_configuration_change_waits_for_the_first_ring(served: ServedVdev[VirtioEntropy]) -> None:
+    """A device of which no ring runs is suspended: it sends nothing ("Suspended device state")."""
+    with served.driver() as driver:
+        assert driver.channel is not None
+        served.vdev.virtio.config_changed(always=True)
+        assert driver.channel.poll(5.0) == 1
+        driver.stop_queue(0)
+        served.vdev.virtio.config_changed(always=True)
+        driver.client.ask_u64(Request.GET_FEATURES)
+        assert driver.channel.poll() == 1
+        ring = driver.queues[0]
+        driver.client.set_vring(Request.SET_VRING_BASE, 0, 0)
+        driver.client.set_vring_fd(Request.SET_VRING_KICK, 0, driver._vrings[0].kick)
+        assert driver.channel.poll(5.0) == 2
+        assert ring.in_flight == 0
+
+
+def test_RESET_OWNER_disables_all_rings(served: ServedVdev[VirtioEntropy]) -> None:
+    with served.driver() as driver:
+        driver.client.tell(Request.RESET_OWNER)
+        driver.wait(0, 0.0)  # a ring that starts signals once: a device before it may not have come to that
+        request = driver.queues[0].submit([], [8])
+        assert not driver.wait(0, 0.1)
+        driver.client.tell(Request.SET_VRING_ENABLE, STATE.pack(0, 1))
+        assert driver.wait(0)
+        assert driver.queues[0].reap() == [request]

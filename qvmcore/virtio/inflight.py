@@ -16,6 +16,7 @@ from qvmcore.memory import GuestMemory
 from qvmcore.virtio import spec
 from qvmcore.virtio.chain import Chain
 from qvmcore.virtio.packed import PackedQueue
+from qvmcore.virtio.position import packed_start
 from qvmcore.virtio.queue import Virtqueue
 from qvmcore.virtio.ring import RingQueue
 from qvmcore.virtio.rings import PackedRings, SplitRings
@@ -268,6 +269,14 @@ def packed_queue(
     """A tracked packed queue. Raises GuestError when ``position`` or the tracker's memory make no sense."""
     position, left = tracker.recover(position, rings.flags)
     ring = PackedQueue(index, rings, *connections, position)
+    # Killed amid a batch, whose first element is stored last, a device leaves the others behind it: once
+    # that place is used the driver would find them.
+    end, begin = packed_start(position, rings.size)
+    for count in range(begin, end):
+        lap, slot = divmod(count, rings.size)
+        flags = rings.flags[slot]
+        if flags & (_AVAIL | _USED) == (0 if lap & 1 else _AVAIL | _USED):
+            rings.flags[slot] = flags ^ (_AVAIL if lap & 1 else _USED)
     table = b""
     for taken in left:
         more = len(taken.descriptors)

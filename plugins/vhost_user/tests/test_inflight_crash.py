@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
@@ -105,6 +107,7 @@ class Crashes(RuleBasedStateMachine):
         self.offered: list[tuple[Request, bytes]] = []  # and not given back
         self.batch: list[Request] = []
         self.fuse.left.extend(first)
+        self.lives = 0
         self.restart()
         for _ in range(laps):
             self.offer(1, False)
@@ -122,13 +125,17 @@ class Crashes(RuleBasedStateMachine):
             account: Any = QueueInflight(self.area, packed=self.packed, size=self.size)
             names = ("_bytes", "_halves", "_words", "_quads")[: 4 if self.packed else 3]
             fuse_cells(account._region, names, self.fuse)
+            if self.packed:
+                fuse_cells(setup._rings, ("flags",), self.fuse)
             # The client does not know where we were.
             calls = (lambda: None, self.broken, lambda: None)
             try:
                 queue = setup.make(0, self.memory, self.features, *calls, position=0, inflight=account)
             except Killed:
+                self.lives += 1
                 continue
             break
+        self.lives += 1
         ring = queue._ring  # type: ignore[attr-defined]
         names = ("_used_cells", "_device_event") if self.packed else ("_used", "_elements")
         fuse_cells(ring, names, self.fuse)
@@ -240,6 +247,7 @@ class Crashes(RuleBasedStateMachine):
         assert self.queue.in_hand == 0
         self.queue.notify()
         assert not self.queue.pending
+        self.memory.close()
 
 
 class SplitCrashes(Crashes):
@@ -251,6 +259,66 @@ class PackedCrashes(Crashes):
 
 
 for machine in (SplitCrashes, PackedCrashes):
-    machine.TestCase.settings = settings(max_examples=250, stateful_step_count=60, deadline=None)
+    machine.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
 TestSplitCrashes = SplitCrashes.TestCase
 TestPackedCrashes = PackedCrashes.TestCase
+
+
+def life(packed: bool, size: int, features: int, seed: int, kills: list[int]) -> tuple[Crashes, int]:
+    """One driver that does what the seed says, with a device that is killed after so many stores each time.
+
+    Everything comes back in the end; also says how many stores the device made when nothing is to end it.
+    """
+    machine = (PackedCrashes if packed else SplitCrashes)()
+    machine.begin(size, 0, features, seed % 7, kills)
+    dice = random.Random(seed)
+    for _ in range(24):
+        match dice.randrange(8):
+            case 0 | 1 | 2:
+                machine.offer(dice.randint(1, 3), dice.random() < 0.3)
+            case 3 | 4:
+                machine.pop()
+            case 5:
+                machine.unpop()
+            case _:
+                machine.push([dice.randrange(20) for _ in range(dice.randint(1, 4))])
+        if dice.random() < 0.2:
+            machine.driver_reaps()
+    stores = machine.fuse.stores
+    machine.teardown()
+    return machine, stores
+
+
+@pytest.mark.parametrize("features", [0, INDIRECT])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_killed_at_every_store(packed: bool, size: int, features: int) -> None:
+    for seed in range(12):
+        _, stores = life(packed, size, features, seed, [])
+        assert stores > 10
+        for kill in range(stores):
+            machine, _ = life(packed, size, features, seed, [kill])
+            assert machine.lives == 2, "the device was not killed"
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_killed_again_at_every_store_of_the_recovery(packed: bool) -> None:
+    for seed in (1, 4, 9):
+        twice = 0
+        _, stores = life(packed, 4, INDIRECT, seed, [])
+        for kill in range(stores):
+            for again in range(8):
+                machine, _ = life(packed, 4, INDIRECT, seed, [kill, again])
+                # Near the end there may be too little left to do for a second kill.
+                assert machine.lives in (2, 3)
+                twice += machine.lives == 3
+        assert twice > 4 * stores
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_killed_again_and_again_later(packed: bool) -> None:
+    for seed in range(8):
+        _, stores = life(packed, 8, INDIRECT, seed, [])
+        for kill in range(stores):
+            machine, _ = life(packed, 8, INDIRECT, seed, [kill, kill * 7 % 43, kill * 5 % 31, kill * 3 % 29])
+            assert machine.lives > 1

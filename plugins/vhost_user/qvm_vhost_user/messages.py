@@ -12,6 +12,7 @@ from qvm_vhost_user.memory import MemoryTable, parse_single, parse_table
 from qvm_vhost_user.protocol import (
     ADDRESS,
     BROKEN,
+    CHANGING,
     CONFIG,
     F_PROTOCOL_FEATURES,
     F_RING_PACKED,
@@ -32,33 +33,6 @@ from qvmcore.api import ClientError, GuestError, Served, VirtioVdev
 Answer = tuple[bytes, int] | None
 
 PROTOCOL_FEATURES: Final = sum(feature.mask for feature in ProtocolFeature)
-
-#: Messages with an answer of their own.
-ANSWERED: Final = frozenset(
-    {
-        Request.GET_FEATURES,
-        Request.GET_PROTOCOL_FEATURES,
-        Request.GET_QUEUE_NUM,
-        Request.GET_VRING_BASE,
-        Request.GET_CONFIG,
-        Request.GET_INFLIGHT_FD,
-        Request.GET_MAX_MEM_SLOTS,
-        Request.GET_STATUS,
-    }
-)
-
-#: Messages after which the device is not as new any more.
-_CHANGING: Final = frozenset(
-    {
-        Request.SET_FEATURES,
-        Request.SET_MEM_TABLE,
-        Request.ADD_MEM_REG,
-        Request.REM_MEM_REG,
-        Request.SET_CONFIG,
-        Request.SET_STATUS,
-        Request.RESET_DEVICE,
-    }
-)
 
 _OWN = 1 << F_PROTOCOL_FEATURES
 #: The control queue of a network card, and what needs it: receive modes, VLANs, announcements, pairs, MAC.
@@ -90,7 +64,7 @@ class Messages:
 
     def perform(self, message: Message) -> Answer:
         """Do what it asks. Raises ClientError, GuestError, HostError, or whatever the vdev raises."""
-        if message.request in _CHANGING:
+        if message.request in CHANGING:
             self._served.used = True
         return self._methods[message.request](message)
 

@@ -182,3 +182,30 @@ NEEDS: Final[Mapping[Request, ProtocolFeature]] = {
     Request.SET_STATUS: ProtocolFeature.STATUS,
     Request.GET_STATUS: ProtocolFeature.STATUS,
 }
+
+#: Messages with an answer of their own.
+ANSWERED: Final = frozenset(
+    {
+        Request.GET_FEATURES,
+        Request.GET_PROTOCOL_FEATURES,
+        Request.GET_QUEUE_NUM,
+        Request.GET_VRING_BASE,
+        Request.GET_CONFIG,
+        Request.GET_INFLIGHT_FD,
+        Request.GET_MAX_MEM_SLOTS,
+        Request.GET_STATUS,
+    }
+)
+
+#: Messages after which the device is not as new any more.
+CHANGING: Final = frozenset(
+    {
+        Request.SET_FEATURES,
+        Request.SET_MEM_TABLE,
+        Request.ADD_MEM_REG,
+        Request.REM_MEM_REG,
+        Request.SET_CONFIG,
+        Request.SET_STATUS,
+        Request.RESET_DEVICE,
+    }
+)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import socket
 
 from qvm_vhost_user.channel import BackendChannel
-from qvm_vhost_user.messages import ANSWERED, Messages
+from qvm_vhost_user.messages import Messages
 from qvm_vhost_user.protocol import (
+    ANSWERED,
     BROKEN,
     F_IN_ORDER,
     F_RING_RESET,

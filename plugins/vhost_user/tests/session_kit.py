@@ -8,21 +8,34 @@ import os
 import socket
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
+import pytest
 from qvm_vhost_user.session import VhostUserSession
-from qvm_vhost_user.testing import ALL_FEATURES, Client
+from qvm_vhost_user.testing import ALL_FEATURES, Client, Closed
 from qvm_vhost_user.testing_driver import VhostUserDriver
+from qvm_virtio_blk.device import VirtioBlk
+from qvm_virtio_blk.testing import IN, OK, header
 
-from qvmcore.api import GuestEnd, GuestMemory, MemorySpec, Phase, Reason, TerminationCallback, VirtioVdev
+from qvmcore.api import (
+    ClientError,
+    GuestEnd,
+    GuestMemory,
+    MemorySpec,
+    Phase,
+    Reason,
+    TerminationCallback,
+    VirtioVdev,
+)
 from qvmcore.options import convert_options
 from qvmcore.testing.fakes import FakeContext
 
 #: Seconds until something that has to happen is given up.
 LIMIT = 10.0
+SECTORS = 2048
 RAM = (MemorySpec(0x8000_0000, 4 << 20),)
 
 V = TypeVar("V", bound=VirtioVdev)
@@ -136,6 +149,55 @@ class Connection:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.finish()
+
+
+def make_disk(folder: Path) -> ServedVdev[VirtioBlk]:
+    """A disk of 2048 sectors, each of which is told by :func:`content`."""
+    (folder / "disk.img").write_bytes(b"".join(map(content, range(SECTORS))))
+    return ServedVdev(VirtioBlk, hostdev=str(folder / "disk.img"))
+
+
+def finish(driver: VhostUserDriver, index: int = 0) -> None:
+    """Wait until nothing is in flight in a queue."""
+    ring = driver.queues[index]
+    ring.reap()
+    while ring.in_flight:
+        assert driver.wait(index, LIMIT), f"{ring.in_flight} requests are never answered"
+        ring.reap()
+
+
+def stands_still(served: ServedVdev[Any], driver: VhostUserDriver, index: int = 0) -> None:
+    """What was offered and notified is not looked at."""
+    served.ctx.settle(LIMIT)
+    assert driver.queues[index].in_flight
+    assert driver.queues[index].reap() == []
+
+
+def read(driver: VhostUserDriver, sector: int) -> bytes:
+    """A sector of the disk."""
+    request = driver.queues[0].submit([header(IN, sector)], [512, 1])
+    finish(driver)
+    data = request.result()
+    assert data[-1] == OK
+    return data[:-1]
+
+
+def content(sector: int) -> bytes:
+    """What the image has there."""
+    return sector.to_bytes(4, "little") * 128
+
+
+def rejected(served: ServedVdev[Any], talk: Callable[[Client], object], message: str) -> None:
+    """The client is shut out with this message for what it says, and nothing of it stays."""
+    before = descriptors()
+    connection = served.connect()
+    with pytest.raises(Closed):
+        talk(connection.client)
+        connection.client.receive()
+    error = connection.finish()
+    assert isinstance(error, ClientError) and message in str(error), error
+    assert descriptors() == before
+    assert served.ctx.faults == []
 
 
 def descriptors() -> Counter[str]:

@@ -102,7 +102,7 @@ def run(ctx: click.Context, device: str) -> None:
 
     root = _state()
     entry = files.quarantined(root).get(_address(device))
-    hardware = _open(device)
+    hardware = _held(entry) or _open(device)
     try:
         work = Quiesce("(by hand)", "command", [(hardware, attach(hardware), Policy())])
         work.stop_dma("qvm quiesce run")
@@ -180,6 +180,20 @@ def _open(device: str) -> Hardware:
     except HardwareError as error:
         raise HostError(str(error)) from error
     return hardware
+
+
+def _held(entry: dict[str, Any] | None) -> Hardware | None:
+    """The device as its keeper holds it; None when nobody does, or does not give it to us."""
+    from qvm_quiesce import keeper
+
+    pid = _keeper(entry) if entry is not None else 0
+    if entry is None or not pid:
+        return None
+    try:
+        return keeper.ask(pid, entry["device"])
+    except keeper.KeeperError as error:
+        click.echo(f"process {pid} holds the memory of {entry['device']}: {error}", err=True)
+        return None
 
 
 def _keeper(entry: dict[str, Any]) -> int:

@@ -19,6 +19,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from qvm_quiesce import keeper
 from qvm_quiesce import state as files
 from qvm_quiesce.attach import AttachRecord
 from qvm_quiesce.evidence import Verdict
@@ -76,7 +77,7 @@ def main(fd: int) -> None:
     _give_back(brief["vm"], hardware, keep)
     channel.close()
     if keep:
-        _keep_memory()
+        _keep_memory([each for each in hardware if each.name in keep])
 
 
 def _give_back(vm: str, hardware: list[Hardware], keep: set[str]) -> None:
@@ -125,15 +126,19 @@ def _say(vm: str, text: str) -> None:
         pass  # The terminal went with the VM; the record says the same.
 
 
-def _keep_memory() -> None:
+def _keep_memory(kept: list[Hardware]) -> None:
     """Live on, with nothing but the memory, until somebody releases the devices (SIGTERM)."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # Whoever reads what the VM prints must not wait for this process.
     null = os.open(os.devnull, os.O_RDWR)
     for fd in range(3):
         os.dup2(null, fd)
-    while True:
-        signal.pause()
+    try:
+        keeper.serve(kept)
+    except OSError:
+        # Nobody can ask for it then; it is held all the same.
+        while True:
+            signal.pause()
 
 
 def _lifeline(fd: int) -> int:

@@ -74,7 +74,10 @@ class Hardware(Protocol):
         """Take that memory away from it. Idempotent."""
 
     def handover(self) -> Handover:
-        """What the guard needs to act when this process is gone. Descriptors stay this process's own."""
+        """What the guard needs to act when this process is gone. Descriptors stay this process's own.
+
+        After :meth:`surrender`: what is left, so that somebody else can take the device anew.
+        """
 
     def surrender(self) -> None:
         """Give the device back to the host's kernel, which then does its own part; but keep the memory

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,11 +24,13 @@ from qvm_quiesce.clock import RealClock
 from qvm_quiesce.evidence import DeviceEvidence, Evidence, Verdict
 from qvm_quiesce.guard import Guard
 from qvm_quiesce.hardware import HardwareError
+from qvm_quiesce.keeper import KeeperError, _address, ask
 from qvm_quiesce.simulated import Faults, SimulatedDevice, shared
 from qvm_quiesce.subject import Policy
 
 from qvmcore.api import HostError, QvmError
 
+SEQPACKET = socket.SOCK_SEQPACKET
 NAME, OTHER = "0000:03:00.0", "0000:04:00.0"
 
 
@@ -54,11 +57,15 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Callable[[SimulatedDevice], Simul
 
 @pytest.fixture
 def keeper(state: Path) -> Iterator[Callable[..., Guard]]:
-    """``keeper(devices...)``: a guard that holds their memory, and the quarantine that names it."""
+    """``keeper(names...)``: a guard that holds their memory, and the quarantine that names it.
+
+    The devices themselves are in ``keeper.devices``.
+    """
     guards: list[Guard] = []
 
-    def start(*names: str) -> Guard:
-        devices = [shared(name) for name in names]
+    def start(*names: str, faults: Faults | None = None) -> Guard:
+        devices = [shared(name, faults) for name in names]
+        start.devices = devices  # type: ignore[attr-defined]
         guard = Guard.start("vm", [(each, attach(each), Policy()) for each in devices], state)
         guards.append(guard)
         evidence = Evidence("vm", "vm", "end", time.time(), guard.pid, files.started(guard.pid))
@@ -95,25 +102,87 @@ def test_status_of_a_host_where_nothing_has_happened(state: Path) -> None:
 
 
 def test_run_proves_a_device_quiet_and_ends_its_quarantine(state: Path, opened: Any, keeper: Any) -> None:
+    """By what the keeper holds: as long as it does nobody can open the device anew."""
     guard = keeper(NAME)
-    device = opened(SimulatedDevice(NAME, clock=RealClock()))
+    (device,) = keeper.devices
+    fresh = opened(SimulatedDevice(NAME, clock=RealClock()))
     device.start()
     result = run("run", "pci:" + NAME)
     assert result.exit_code == 0, result.output
     assert "QUIESCED; record: " in result.output
     assert any(line.split()[:3] == [NAME, "bus-master-off", "ok"] for line in result.output.splitlines())
-    assert not device.running and device.done["closed"]
+    assert not device.running and device.done["closed"] and device.done["unmapped"]
+    assert not any(fresh.done.values())
     assert files.quarantined(state) == {}
     assert guard._process.wait(10) == -signal.SIGTERM, "the keeper is sent away"
 
 
+def test_run_opens_a_device_whose_keeper_is_gone(state: Path, opened: Any, keeper: Any) -> None:
+    guard = keeper(NAME)
+    guard._process.kill()
+    guard._process.wait()
+    device = opened(SimulatedDevice(NAME, clock=RealClock()))
+    device.start()
+    assert run("run", NAME).exit_code == 0
+    assert not device.running and device.done["closed"]
+    assert files.quarantined(state) == {}
+
+
+def test_a_keeper_that_does_not_answer_is_named(state: Path, opened: Any, keeper: Any) -> None:
+    """Then whoever opens it says who holds the group."""
+    guard = keeper(NAME)
+    opened(SimulatedDevice(NAME, clock=RealClock()))
+    os.kill(guard.pid, signal.SIGSTOP)
+    try:
+        result = run("run", NAME)
+    finally:
+        os.kill(guard.pid, signal.SIGCONT)
+    assert f"process {guard.pid} holds the memory of {NAME}: timed out" in result.output
+    assert result.exit_code == 0
+
+
+def test_a_keeper_gives_only_what_it_holds_and_lives_on(state: Path, keeper: Any) -> None:
+    guard = keeper(NAME)
+    for device in (OTHER, "", "x" * 60000):
+        with pytest.raises(KeeperError, match="it does not hold this device for us"):
+            ask(guard.pid, device)
+    before = len(os.listdir("/proc/self/fd"))
+    hardware = ask(guard.pid, NAME)
+    assert hardware.name == NAME
+    assert len(os.listdir("/proc/self/fd")) > before
+    with pytest.raises(KeeperError, match="Connection refused"):
+        ask(os.getpid(), NAME)
+
+
+def test_nobody_else_can_answer_for_a_keeper(state: Path) -> None:
+    """Its name is anybody's to take."""
+    with subprocess.Popen(["sleep", "60"]) as process, socket.socket(socket.AF_UNIX, SEQPACKET) as listener:
+        listener.bind(_address(process.pid))
+        listener.listen()
+        with pytest.raises(KeeperError, match=f"not process {process.pid} answers"):
+            ask(process.pid, NAME)
+        process.kill()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_gets_nothing(state: Path, keeper: Any) -> None:
+    guard = keeper(NAME)
+    text = (
+        "import os, sys; from qvm_quiesce.keeper import ask, KeeperError; os.setuid(65534)\n"
+        f"try: ask({guard.pid}, '{NAME}')\nexcept KeeperError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
+    assert done.stdout == "it does not hold this device for us\n", done.stderr
+    assert guard._process.poll() is None
+
+
 def test_a_device_that_is_not_proven_quiet_stays_quarantined_with_its_keeper(
-    state: Path, opened: Any, keeper: Any, monkeypatch: pytest.MonkeyPatch
+    state: Path, keeper: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Long enough for the thread below on a busy host.
     monkeypatch.setattr("qvm_quiesce.subject.Policy", functools.partial(Policy, watch=0.3))
-    guard = keeper(NAME)
-    device = opened(SimulatedDevice(NAME, Faults(masters_in_secret=True), RealClock()))
+    guard = keeper(NAME, faults=Faults(masters_in_secret=True))
+    (device,) = keeper.devices
     over = threading.Event()
 
     def live() -> None:

@@ -161,7 +161,9 @@ class VfioHardware:
             "resets": list(self._kernel_resets),
             "memory": [[each.iova, each.size] for each in self._memory],
         }
-        fds = (self._container.fd, self._group.fd, self.device.fd, *(each.fd for each in self._memory))
+        device = () if self.device.fd < 0 else (self.device.fd,)
+        values["opened"] = bool(device)
+        fds = (self._container.fd, self._group.fd, *device, *(each.fd for each in self._memory))
         if min(fds) < 0:
             raise VfioError(f"{self.name} was given back; nobody can take it over")
         return Handover(self._kernel.adopt, str(Path(__file__).parents[1]), values, fds)
@@ -281,6 +283,8 @@ def adopt(values: dict[str, Any], fds: Sequence[int], kernel: Kernel | None = No
     name = values["name"]
     container = Container(kernel, fds[0])
     group = Group(kernel, name, values["group"], fds[1])
+    # Of one that was surrendered only the memory is held: it is opened anew.
+    fds = [*fds[:2], *(fds[2:] if values["opened"] else (group.device(name), *fds[2:]))]
     hardware = VfioHardware(kernel, container, group, _device(kernel, name, fds[2]), values["resets"])
     memory = []
     for (iova, size), fd in zip(values["memory"], fds[3:], strict=True):

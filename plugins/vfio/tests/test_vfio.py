@@ -13,7 +13,7 @@ from qvm_vfio import structs, sysfs
 from qvm_vfio.__main__ import main
 from qvm_vfio.errors import VfioError
 from qvm_vfio.fake import FakeFunction, FakeKernel
-from qvm_vfio.hardware import Ram, VfioHardware, open_device
+from qvm_vfio.hardware import Ram, VfioHardware, adopt, open_device
 
 NAME = "0000:03:00.0"
 Host = Callable[..., FakeKernel]
@@ -421,8 +421,14 @@ def test_surrender_keeps_the_memory_mapped_and_close_gives_all_back(host: Host, 
     assert kernel.mappings
     with pytest.raises(VfioError, match="given back"):
         hardware.config_read(0, 4)
+    handover = hardware.handover()
+    again = adopt(handover.values, [os.dup(fd) for fd in handover.fds], kernel)
+    assert again.config_read(0, 2) == 0x8086, "opened anew, from the group that is held"
+    again.unmap_dma()
+    assert not kernel.mappings
+    again.close()
+    hardware.close()
     with pytest.raises(VfioError, match="nobody can take it over"):
         hardware.handover()
-    hardware.close()
     hardware.close()
     assert not kernel.open_fds

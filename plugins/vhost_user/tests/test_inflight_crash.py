@@ -93,9 +93,10 @@ class Crashes(RuleBasedStateMachine):
         odd=st.integers(0, 1),
         features=st.sampled_from((0, INDIRECT, EVENT_IDX, INDIRECT | EVENT_IDX)),
         laps=st.integers(0, 20),
+        eager=st.booleans(),
         first=st.lists(st.integers(0, 12), max_size=2),
     )
-    def begin(self, size: int, odd: int, features: int, laps: int, first: list[int]) -> None:
+    def begin(self, size: int, odd: int, features: int, laps: int, eager: bool, first: list[int]) -> None:
         self.size = size + odd if self.packed else size
         self.features = features | (PACKED if self.packed else 0)
         self.memory = GuestMemory.allocate([MemorySpec(0x8000_0000, 1 << 20)])
@@ -108,7 +109,10 @@ class Crashes(RuleBasedStateMachine):
         self.batch: list[Request] = []
         self.fuse.left.extend(first)
         self.lives = 0
+        self.eager = False
+        self.waiting: deque[tuple[Request, bytes]] = deque()
         self.restart()
+        self.eager = eager
         for _ in range(laps):
             self.offer(1, False)
             self.pop()
@@ -118,6 +122,10 @@ class Crashes(RuleBasedStateMachine):
     def restart(self) -> None:
         """The process is killed; its client gives the rings and the memory to the next one."""
         self.reap()
+        if self.eager:
+            # The driver goes on while there is no device, and offers over what it got back.
+            while self.offer(2, False):
+                pass
         setup = QueueSetup(self.size)
         while True:
             setup.desc, setup.driver, setup.device = self.driver.desc, self.driver.avail, self.driver.used
@@ -160,7 +168,10 @@ class Crashes(RuleBasedStateMachine):
         self.batch = []
 
     @rule(pieces=st.integers(1, 3), indirect=st.booleans())
-    def offer(self, pieces: int, indirect: bool) -> None:
+    def offers(self, pieces: int, indirect: bool) -> None:
+        self.offer(pieces, indirect)
+
+    def offer(self, pieces: int, indirect: bool) -> bool:
         self.driver.indirect = indirect and bool(self.features & INDIRECT)
         pieces = min(pieces, self.size - 1)
         self.serial += 1
@@ -172,10 +183,11 @@ class Crashes(RuleBasedStateMachine):
             else:
                 request = self.driver.add([data] + [b"."] * (pieces - 1), [4])
         except MemoryError:
-            return
+            return False
         self.driver.kick()
         self.offered.append((request, data))
         self.waiting.append((request, data))
+        return True
 
     @rule()
     def pop(self) -> None:
@@ -270,7 +282,7 @@ def life(packed: bool, size: int, features: int, seed: int, kills: list[int]) ->
     Everything comes back in the end; also says how many stores the device made when nothing is to end it.
     """
     machine = (PackedCrashes if packed else SplitCrashes)()
-    machine.begin(size, 0, features, seed % 7, kills)
+    machine.begin(size, 0, features, seed % 7, seed % 2 == 1, kills)
     dice = random.Random(seed)
     for _ in range(24):
         match dice.randrange(8):

@@ -17,6 +17,9 @@ from qvm_vfio_user.wire import Message, Refused
 from qvmcore.api import ClientError, HostError, MemoryRegion, PciFunction, Served, VirtioVdev
 
 _TOP = 1 << 64
+#: Bytes of one client that are mapped here: files without pages cost nothing but addresses, and of those
+#: the process has 128 TiB for everybody.
+_BYTES_MAX = 1 << 42
 #: A writable map of this many bytes that is no RAM does not exist before the guest runs: the RAM of a PC
 #: below its video memory is larger.
 _RAM_SIZE = 512 << 10
@@ -62,6 +65,9 @@ class DmaMaps:
             raise Refused(errno.EEXIST, f"[{start:#x}, +{size:#x}) overlaps another map")
         if len(self._maps) >= MAPS_MAX:
             raise Refused(errno.ENOSPC, f"more than {MAPS_MAX} maps")
+        mapped = sum(each.end - each.start for each in self._maps if each.region is not None)
+        if message.fds and mapped + size > _BYTES_MAX:
+            raise Refused(errno.ENOSPC, f"more than {_BYTES_MAX >> 40} TiB of shared memory")
         writable = bool(flags & spec.MAP_WRITE)
         region = None
         if message.fds and flags:
@@ -115,9 +121,9 @@ class DmaMaps:
 
     def check_shared(self) -> None:
         """The client uses the device: raises ClientError when none of its RAM is shared with it."""
-        if not self._shared and any(
-            each.writable and each.end - each.start >= _RAM_SIZE for each in self._maps
-        ):
+        if self._shared:
+            return
+        if any(each.writable and each.end - each.start >= _RAM_SIZE for each in self._maps):
             raise ClientError(
                 "the client does not share its memory, so the device cannot reach it",
                 hint=f"QEMU does with {hints.QEMU_MEMORY}, Cloud Hypervisor with --memory shared=on",

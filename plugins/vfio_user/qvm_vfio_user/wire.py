@@ -93,23 +93,27 @@ def name_of(command: int) -> str:
         return f"command {command}"
 
 
+#: Of a message that came without any; nobody adds to it.
+_NONE = Descriptors()
+
+
 class Connection:
     """The server's side of one connection. One thread, the socket's; the socket is not closed here."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
-        self._data = bytearray()
-        self._taken = 0  # bytes of the stream that were given out as messages
+        self._data = b""  # what was read; up to ``_at`` it was given out as messages
+        self._at = 0
+        self._passed = 0  # bytes of the stream that came before ``_data``
         self._fds: dict[int, Descriptors] = {}  # by where in the stream their message begins
 
     def receive(self) -> Message | None:
         """The next message, None when the client has left. Waits. Raises ClientError for what is none."""
         while (message := self._cut()) is None:
             if not self._read():
-                if self._data:
-                    raise ClientError(
-                        f"the client left in the middle of a message, {len(self._data)} bytes in"
-                    )
+                left = len(self._data) - self._at
+                if left:
+                    raise ClientError(f"the client left in the middle of a message, {left} bytes in")
                 return None
         return message
 
@@ -134,38 +138,38 @@ class Connection:
 
     def _cut(self) -> Message | None:
         """A whole message off the front of what was read."""
-        data = self._data
-        if len(data) < spec.HEADER.size:
+        data, at = self._data, self._at
+        if len(data) - at < spec.HEADER.size:
             return None
-        number, command, size, flags, _ = spec.HEADER.unpack_from(data)
+        number, command, size, flags, _ = spec.HEADER.unpack_from(data, at)
         shape = SHAPES.get(command, _UNKNOWN)
         length = size - spec.HEADER.size
         if not shape.least <= length <= shape.most or flags & ~spec.NO_REPLY:
             raise ClientError(_complaint(command, shape, length, flags))
-        if len(data) < size:
+        end = at + size
+        if len(data) < end:
             return None
-        fds = self._fds.pop(self._taken, None) if self._fds else None
-        message = Message(
-            number,
-            command,
-            bool(flags & spec.NO_REPLY),
-            bytes(data[spec.HEADER.size : size]),
-            fds or Descriptors(),
-        )
-        del data[:size]
-        self._taken += size
-        if fds is not None and len(fds) > shape.fds:
-            count = len(fds)
-            fds.close()
-            raise ClientError(f"{message.name} with {count} descriptors; expected at most {shape.fds}")
-        return message
+        self._at = end
+        fds = _NONE
+        if self._fds:
+            fds = self._fds.pop(self._passed + at, _NONE)
+            if len(fds) > shape.fds:
+                count = len(fds)
+                fds.close()
+                name = name_of(command)
+                raise ClientError(f"{name} with {count} descriptors; expected at most {shape.fds}")
+        return Message(number, command, flags != 0, data[at + spec.HEADER.size : end], fds)
 
     def _read(self) -> int:
         """Read what there is, at least a byte; 0 when the client has left."""
+        size = _READ_SIZE
+        if self._at:
+            self._passed += self._at
+            self._data, self._at = self._data[self._at :], 0
+        if self._data:
+            size = max(size, self._missing())
         try:
-            data, ancillary, flags, _ = self._socket.recvmsg(
-                max(_READ_SIZE, self._missing()), _ANCILLARY, socket.MSG_CMSG_CLOEXEC
-            )
+            data, ancillary, flags, _ = self._socket.recvmsg(size, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
         except OSError:
             return 0  # reset by the client
         self._data += data
@@ -185,7 +189,7 @@ class Connection:
         for level, kind, data in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 came.frombytes(data[: len(data) - len(data) % came.itemsize])
-        fds = self._fds.setdefault(self._taken + self._last_start(), Descriptors())
+        fds = self._fds.setdefault(self._passed + self._last_start(), Descriptors())
         fds.add(Descriptors(came))
         if cut or len(fds) > FDS_MAX:
             raise ClientError(f"more descriptors came with a message than can be taken; at most {FDS_MAX}")

@@ -101,9 +101,11 @@ mkfs.ext4 -q -b 4096 -E lazy_itable_init=0,lazy_journal_init=0 /dev/vda
 mkdir /run/m; mount /dev/vda /run/m
 for n in 1 2 3 4 5 6 7 8; do head -c $((n * 700001)) /dev/urandom >/run/m/f$n; done
 rm /run/m/f3; mv /run/m/f4 /run/m/g4
+cd /run/m; sha256sum f* g* >/run/sums; cd /run
 umount /run/m; echo 3 >/proc/sys/vm/drop_caches; mount /dev/vda /run/m
 echo features $(cat /sys/block/vda/device/features)
-cd /run/m; sha256sum f* g* | sed 's/^/sum /'; cd /run
+cd /run/m; sha256sum -c --quiet /run/sums; cd /run
+sed 's/^/sum /' sums
 umount /run/m; e2fsck -fn /dev/vda
 """
 

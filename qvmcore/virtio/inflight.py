@@ -175,6 +175,7 @@ class TrackedQueue(Virtqueue):
 
     def rebind(self, rings: Any, memory: GuestMemory) -> None:
         """See :meth:`Virtqueue.rebind`."""
+        self._newest = None
         self._ring.rebind(rings, memory)
         if isinstance(self._offered, SplitRings):
             self._offered.table = rings.table

@@ -66,9 +66,9 @@ class RingQueue(Virtqueue):
         self._interrupts = 0
         self._dropped = 0  # chains pushed after the end
         self._start(0, 0)
-        self._newest: Chain | None = None
 
     def _adopt(self, memory: GuestMemory) -> None:
+        self._newest: Chain | None = None  # it may be in other memory
         self._view = memory.view
         # The largest region holds nearly every buffer; checked here it saves a call per descriptor.
         largest = max(memory.regions, key=lambda region: region.size)

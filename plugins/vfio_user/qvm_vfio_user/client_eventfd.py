@@ -10,34 +10,31 @@ from pathlib import Path
 class ClientEventFd:
     """Takes a descriptor over, on failure too. Raises ValueError for one that is no eventfd.
 
-    Not thread-safe. The client holds the other end, so a write must not wait for it: the counter of an
-    eventfd that blocks is looked at first.
+    Not thread-safe. The client holds the other end, so a write must not wait for it: the counter is looked
+    at first. Whether a write would block is no property of our descriptor but of the file we share, which
+    the client may change at any time.
     """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         try:
             kind = str(Path(f"/proc/self/fd/{fd}").readlink())
-            blocking = os.get_blocking(fd)
         except OSError as error:
             os.close(fd)
             raise ValueError(f"an eventfd was expected: {error.strerror}") from error
         if kind != "anon_inode:[eventfd]":
             os.close(fd)
             raise ValueError(f"an eventfd was expected, not {kind[:60]!r}")
-        self._poll: select.poll | None = None
-        if blocking:
-            self._poll = select.poll()
-            self._poll.register(fd, select.POLLOUT)
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLOUT)
 
     def send(self) -> None:
         """Add one. Nothing when the counter is full: the client has not looked since."""
-        if self._poll is not None and not self._poll.poll(0):
-            return
-        try:
-            os.eventfd_write(self._fd, 1)
-        except BlockingIOError:
-            pass  # full
+        if self._poll.poll(0):
+            try:
+                os.eventfd_write(self._fd, 1)
+            except BlockingIOError:
+                pass  # somebody filled it just now
 
     def close(self) -> None:
         """Close the descriptor; idempotent."""

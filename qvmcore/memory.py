@@ -37,9 +37,10 @@ class MemoryRegion:
     def adopt(cls, start: int, size: int, fd: int, offset: int = 0, *, writable: bool = True) -> MemoryRegion:
         """Memory of another process: ``size`` bytes at ``offset`` of the file behind ``fd``.
 
-        Takes the descriptor over, on failure too. What is not ``writable`` is as a ROM. Raises HostError
-        for a file that is too short or cannot be mapped. A process that makes its file shorter later
-        takes the pages away from under us: it has to be trusted that far.
+        Takes the descriptor over, on failure too. What is not ``writable`` is as a ROM: what is written
+        there never reaches the file. Raises HostError for a file that is too short or cannot be mapped. A
+        process that makes its file shorter later takes the pages away from under us: it has to be trusted
+        that far.
         """
         region = cls.__new__(cls)
         try:
@@ -60,7 +61,9 @@ class MemoryRegion:
         self.rom = spec.rom
         self.fd = fd
         lead = offset % mmap.ALLOCATIONGRANULARITY
-        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+        # What the client only lets us read is a ROM to the device: as on a bus, a write ends nowhere, here in
+        # a page of our own. A view that refuses it would make each device fail that a guest points there.
+        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY
         try:
             self._map = mmap.mmap(fd, lead + spec.size, access=access, offset=offset - lead)
         except (OSError, OverflowError, ValueError) as error:
@@ -141,7 +144,8 @@ class GuestMemory:
 
     def close(self) -> bool:
         """Unmap everything; idempotent. False while views held elsewhere keep pages alive."""
-        return all([region.close() for region in self._regions])
+        closed = [region.close() for region in self._regions]
+        return all(closed)
 
     def _find(self, address: int, size: int) -> MemoryRegion:
         if size >= 0:

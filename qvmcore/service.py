@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import resource
 import select
 import socket
 import sys
@@ -70,6 +71,7 @@ class Service:
         ``ready()`` is called when every socket is there. Raises QvmError when one cannot be had.
         """
         sys.setswitchinterval(SWITCH_INTERVAL)
+        _allow_descriptors()
         bindings = DefaultBindings()
         self._host.register(bindings)
         with SignalEvents(self._events.put), ControlServer(self.spec.name, self.report):
@@ -308,6 +310,16 @@ class _Acceptor:
                     client = by_fd[fd].doorway.accept()
                     if client is not None:
                         by_fd[fd].offer(client)
+
+
+def _allow_descriptors() -> None:
+    """As many as the administrator lets us have.
+
+    Each client may bring hundreds; of the usual 1024 two of them leave none for anybody else.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _gone(client: socket.socket) -> bool:

@@ -1,7 +1,7 @@
 """Tests in the rig: the files in ``inside/`` are collected here and run in the machine.
 
-The machine is started when the first of them is due, with all that are selected, and runs them in the
-same order; the reports pytest makes there are handed on here as they come.
+The machine is started before the first test of the session, with all of them that are selected, and runs
+them beside the others; they come last here, and the reports pytest makes there are handed on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def is_inside(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Limits of tests in the machine are kept there, and by the watch on it; here they only wait."""
+    """Tests in the machine come last: it needs the time of all others. Their limits are kept there, and by
+    the watch on it; here they only wait."""
+    items.sort(key=is_inside)
     for item in items:
         if is_inside(item):
             item.add_marker(pytest.mark.timeout(0))
@@ -41,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Rig:
-    """The machine of one session, started at its first use. ``problem`` says why there is none.
+    """The machine of one session. ``problem`` says why there is none.
 
     An emulated machine with guests of its own may stand still, or its kernel panic, without any fault of
     what is tested: no program can do that to a kernel, but QEMU's emulation of SVM can (seen with QEMU 7.2
@@ -147,14 +149,18 @@ def made_up(item: pytest.Item, outcome: Any, text: str, when: Any = "setup") -> 
         yield pytest.TestReport(item.nodeid, item.location, keywords, "passed", None, "teardown")
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the machine, which is then busy for many minutes with one processor."""
+    if not session.config.option.collectonly and any(map(is_inside, session.items)):
+        session.stash[RIG] = Rig(session)
+
+
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     """Instead of running a test of the machine here: take its reports from there."""
     if not is_inside(item):
         return None
     stash = item.session.stash
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    if RIG not in stash:
-        stash[RIG] = Rig(item.session)
     for report in stash[RIG].reports(item):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)

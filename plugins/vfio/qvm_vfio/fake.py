@@ -17,7 +17,7 @@ from typing import Any
 from qvm_quiesce import pci
 
 from qvm_vfio import structs
-from qvm_vfio.fake_function import EXPRESS_AT, MSIX_AT, FakeFunction
+from qvm_vfio.fake_function import EXPRESS_AT, MSIX_AT, FakeFunction, FakeIrqs
 from qvm_vfio.hardware import VfioHardware
 from qvm_vfio.hardware import adopt as adopt_with
 from qvm_vfio.kernel import Argument, Kernel
@@ -41,10 +41,7 @@ class FakeKernel(Kernel):
         self.errors: dict[str, int] = {}
         #: Sizes and addresses by I/O virtual address.
         self.mappings: dict[int, tuple[int, int]] = {}
-        #: The eventfds of the connected kind, and which kind that is.
-        self.eventfds: list[int] = []
-        self.kind: int | None = None
-        self.intx_masked = False
+        self.irqs = {each.name: FakeIrqs() for each in functions}
         self.open_fds: set[int] = set()
         self._devices: dict[str, int] = {}
         self._root = root
@@ -75,12 +72,23 @@ class FakeKernel(Kernel):
         """The device itself changes a register."""
         os.pwrite(self._devices[name], data, (region << REGION_SHIFT) + offset)
 
-    def fire(self, kind: int, vector: int = 0) -> bool:
-        """The device interrupts; whether anybody is told."""
-        if self.kind != kind or vector >= len(self.eventfds) or (kind == structs.INTX and self.intx_masked):
+    @property
+    def kind(self) -> int | None:
+        """Which kind of interrupt of the first function is connected."""
+        return next(iter(self.irqs.values())).kind
+
+    @property
+    def eventfds(self) -> list[int]:
+        """The eventfds of that kind."""
+        return next(iter(self.irqs.values())).eventfds
+
+    def fire(self, kind: int, vector: int = 0, name: str = "") -> bool:
+        """The device, by default the first, interrupts; whether anybody is told."""
+        irqs = self.irqs[name or next(iter(self.irqs))]
+        if irqs.kind != kind or vector >= len(irqs.eventfds) or (kind == structs.INTX and irqs.masked):
             return False
-        self.intx_masked = kind == structs.INTX
-        os.eventfd_write(self.eventfds[vector], 1)
+        irqs.masked = kind == structs.INTX
+        os.eventfd_write(irqs.eventfds[vector], 1)
         return True
 
     def dma(self, name: str, iova: int, data: bytes) -> bool:
@@ -106,7 +114,10 @@ class FakeKernel(Kernel):
         self._fail(path.name)
         if not path.exists():
             raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
-        fd = os.memfd_create("container" if path.name == "vfio" else f"group-{path.name}", os.MFD_CLOEXEC)
+        what = "container" if path.name == "vfio" else f"group-{path.name}"
+        if what != "container" and any(_what(each) == what for each in self.open_fds):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))  # a group is opened once
+        fd = os.memfd_create(what, os.MFD_CLOEXEC)
         self.open_fds.add(fd)
         return fd
 
@@ -216,18 +227,19 @@ class FakeKernel(Kernel):
 
     def _device_set_irqs(self, fd: int, body: bytearray) -> int:
         head = structs.IrqSet.from_buffer_copy(body)
+        irqs = self.irqs.setdefault(self._function(fd).name, FakeIrqs())
         numbers = memoryview(body)[ctypes.sizeof(structs.IrqSet) :].cast("i")
         if head.flags & structs.IRQ_UNMASK:
-            self.intx_masked = False
+            irqs.masked = False
         elif head.flags & structs.IRQ_DATA_NONE:
-            if self.kind not in (None, head.index):
+            if irqs.kind not in (None, head.index):
                 raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-            self.kind, self.eventfds = None, []
+            irqs.kind, irqs.eventfds = None, []
             self._show_msix(fd, False)
-        elif self.kind is not None and self.kind != head.index:
+        elif irqs.kind is not None and irqs.kind != head.index:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         else:
-            self.kind, self.eventfds = head.index, list(numbers)
+            irqs.kind, irqs.eventfds = head.index, list(numbers)
             self._show_msix(fd, head.index == structs.MSIX)
         return 0
 

@@ -54,3 +54,13 @@ class FakeFunction:
         put(EXPRESS_AT + pci.EXPRESS_DEVICE_CAPABILITIES, 4, pci.EXPRESS_FLR | 0x8002)
         put(0x100, 4, 0x0010 | 1 << 16)  # SR-IOV
         return bytes(space)
+
+
+class FakeIrqs:
+    """The eventfds of the connected kind of a function's interrupts, and which kind that is."""
+
+    def __init__(self) -> None:
+        self.kind: int | None = None
+        self.eventfds: list[int] = []
+        #: INTx, by the kernel.
+        self.masked = False

@@ -26,6 +26,7 @@ from qvm_vfio.errors import VfioError, failed
 from qvm_vfio.iommu import Container, Group
 from qvm_vfio.irqs import Irqs
 from qvm_vfio.kernel import Kernel
+from qvm_vfio.space import Member, join
 
 #: The gentlest reset first.
 _STRENGTH = ("flr", "af-flr", "pm", "bus")
@@ -52,21 +53,18 @@ class VfioHardware:
 
     platform = False
 
-    def __init__(
-        self, kernel: Kernel, container: Container, group: Group, device: VfioDevice, resets: Sequence[str]
-    ) -> None:
+    def __init__(self, kernel: Kernel, space: Member, device: VfioDevice, resets: Sequence[str]) -> None:
         self.device = device
         #: Set by :meth:`revoke`: nothing of a guest may reach the device any more.
         self.revoked = False
         self._kernel = kernel
-        self._container = container
-        self._group = group
+        self._space = space
         self._irqs = Irqs(device)
         #: As the kernel tries them; the first is what VFIO_DEVICE_RESET does.
         self._kernel_resets = tuple(resets)
         self._memory: list[Ram] = []
-        self._mapped = True
         self._own_maps: list[mmap.mmap] = []
+        self._own_fds: list[int] = []
         #: Addresses and sizes of the pages :meth:`direct` has mapped.
         self._direct: list[tuple[int, int]] = []
         self._capabilities = pci.capabilities(device.config_read)
@@ -120,7 +118,7 @@ class VfioHardware:
         elif method == "pm" and pci.CAP_PM in self._capabilities:
             self._through_d3()
         elif method == "bus" and self._bus_is_ours():
-            self.device.hot_reset([self._group.fd])
+            self.device.hot_reset([self._space.group.fd])
         else:
             first = ", ".join(self._kernel_resets) or "no method at all"
             raise VfioError(f"{self.name} cannot be reset by {method}: the kernel offers {first}")
@@ -147,23 +145,20 @@ class VfioHardware:
         return [each.view for each in self._memory]
 
     def unmap_dma(self) -> None:
-        """Take the memory out of the IOMMU."""
-        if self._mapped:
-            for each in self._memory:
-                self._container.unmap_dma(each.iova, each.size)
-            self._mapped = False
+        """Take the memory out of the IOMMU; or leave it there for a function of its group that has it."""
+        self._space.unmap()
 
     def handover(self) -> Handover:
         """Container, group, device, and the memory's memfds."""
         values: dict[str, Any] = {
             "name": self.name,
-            "group": self._group.number,
+            "group": self._space.group.number,
             "resets": list(self._kernel_resets),
             "memory": [[each.iova, each.size] for each in self._memory],
         }
         device = () if self.device.fd < 0 else (self.device.fd,)
         values["opened"] = bool(device)
-        fds = (self._container.fd, self._group.fd, *device, *(each.fd for each in self._memory))
+        fds = (self._space.container.fd, self._space.group.fd, *device, *(each.fd for each in self._memory))
         if min(fds) < 0:
             raise VfioError(f"{self.name} was given back; nobody can take it over")
         return Handover(self._kernel.adopt, str(Path(__file__).parents[1]), values, fds)
@@ -175,10 +170,11 @@ class VfioHardware:
     def close(self) -> None:
         """Close everything: device first, so that its memory goes last."""
         self.device.close()
-        self._group.close()
-        self._container.close()
+        self._space.leave()
         self._irqs.close()
         self._memory.clear()
+        while self._own_fds:
+            self._kernel.close(self._own_fds.pop())
         while self._own_maps:
             try:
                 self._own_maps.pop().close()
@@ -190,16 +186,12 @@ class VfioHardware:
     def give_memory(self, memory: Sequence[Ram], *, mapped: bool = False) -> None:
         """What the device shall reach; before :meth:`handover`. ``mapped``: it does so already."""
         self._memory = list(memory)
-        self._mapped = mapped
+        if mapped:
+            self._space.adopt((each.iova, each.size, each.address) for each in memory)
 
     def map_dma(self) -> None:
         """Put the memory into the IOMMU. All of it or, with a VfioError, none."""
-        with ExitStack() as undo:
-            for each in self._memory:
-                self._container.map_dma(each.iova, each.size, each.address)
-                undo.callback(self._container.unmap_dma, each.iova, each.size)
-            undo.pop_all()
-        self._mapped = True
+        self._space.map((each.iova, each.size, each.address) for each in self._memory)
 
     def direct(self, bar: int) -> list[tuple[int, int, int]]:
         """Map the whole pages of a BAR that hold neither vector table nor pending bits of MSI-X.
@@ -231,9 +223,10 @@ class VfioHardware:
         """How often it was signalled since."""
         return self._irqs.take(eventfd)
 
-    def keep_map(self, memory: mmap.mmap) -> None:
-        """Close a mapping with the rest."""
+    def keep_map(self, memory: mmap.mmap, fd: int = -1) -> None:
+        """Close a mapping, and the descriptor of its memory, with the rest."""
         self._own_maps.append(memory)
+        self._own_fds += [fd] if fd >= 0 else []
 
     # -- inside ----------------------------------------------------------------------------------------
 
@@ -247,7 +240,7 @@ class VfioHardware:
             affected = self.device.hot_reset_affects()
         except VfioError:
             return False
-        return bool(affected) and all(each.group_id == self._group.number for each in affected)
+        return bool(affected) and all(each.group_id == self._space.group.number for each in affected)
 
     def _through_d3(self) -> None:
         at = self._capabilities[pci.CAP_PM] + pci.PM_CONTROL
@@ -262,38 +255,56 @@ def open_device(name: str, kernel: Kernel | None = None) -> VfioHardware:
     kernel = kernel or Kernel()
     function = sysfs.PciFunction(kernel, sysfs.address(name))
     number = function.check()
-    with ExitStack() as undo:
-        container = Container(kernel)
-        undo.callback(container.close)
-        group = Group(kernel, function.name, number)
-        undo.callback(group.close)
-        group.join(container)
-        container.set_iommu()
-        fd = group.device(function.name)
-        device = _device(kernel, function.name, fd)
-        undo.callback(device.close)
-        hardware = VfioHardware(kernel, container, group, device, function.resets)
-        undo.pop_all()
-    return hardware
+
+    def opened() -> tuple[Container, Group]:
+        with ExitStack() as undo:
+            container = Container(kernel)
+            undo.callback(container.close)
+            group = Group(kernel, function.name, number)
+            undo.callback(group.close)
+            group.join(container)
+            container.set_iommu()
+            undo.pop_all()
+        return container, group
+
+    space, _ = join(kernel, number, opened)
+    try:
+        device = _device(kernel, function.name, space.group.device(function.name))
+        try:
+            return VfioHardware(kernel, space, device, function.resets)
+        except BaseException:
+            device.close()
+            raise
+    except BaseException:
+        space.leave()
+        raise
 
 
 def adopt(values: dict[str, Any], fds: Sequence[int], kernel: Kernel | None = None) -> VfioHardware:
     """The device of another process, by its descriptors; see :meth:`VfioHardware.handover`."""
     kernel = kernel or Kernel()
     name = values["name"]
-    container = Container(kernel, fds[0])
-    group = Group(kernel, name, values["group"], fds[1])
-    # Of one that was surrendered only the memory is held: it is opened anew.
-    fds = [*fds[:2], *(fds[2:] if values["opened"] else (group.device(name), *fds[2:]))]
-    hardware = VfioHardware(kernel, container, group, _device(kernel, name, fds[2]), values["resets"])
-    memory = []
-    for (iova, size), fd in zip(values["memory"], fds[3:], strict=True):
-        try:
-            own = mmap.mmap(fd, size)
-        except (OSError, ValueError) as error:
-            raise VfioError(f"{name}: its memory cannot be mapped: {error}") from error
-        hardware.keep_map(own)
-        memory.append(Ram(iova, size, fd, 0, memoryview(own)))
+    number, (first, second) = values["group"], fds[:2]
+    space, new = join(kernel, number, lambda: (Container(kernel, first), Group(kernel, name, number, second)))
+    if not new:
+        # Another function of the group came with them.
+        for fd in (first, second):
+            kernel.close(fd)
+    try:
+        # Of one that was surrendered only the memory is held: it is opened anew.
+        fds = [*fds[2:]] if values["opened"] else [space.group.device(name), *fds[2:]]
+        hardware = VfioHardware(kernel, space, _device(kernel, name, fds[0]), values["resets"])
+        memory = []
+        for (iova, size), fd in zip(values["memory"], fds[1:], strict=True):
+            try:
+                own = mmap.mmap(fd, size)
+            except (OSError, ValueError) as error:
+                raise VfioError(f"{name}: its memory cannot be mapped: {error}") from error
+            hardware.keep_map(own, fd)
+            memory.append(Ram(iova, size, fd, 0, memoryview(own)))
+    except BaseException:
+        space.leave()
+        raise
     hardware.give_memory(memory, mapped=True)
     return hardware
 

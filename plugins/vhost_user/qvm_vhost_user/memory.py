@@ -7,7 +7,7 @@ through ``change``, which keeps it out of guest memory meanwhile. Thread: the se
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from qvm_vhost_user.protocol import MEM_SLOTS, REGION, SINGLE, TABLE
 from qvm_vhost_user.wire import Fd
@@ -58,10 +58,17 @@ def parse_single(payload: bytes) -> Place:
     return Place(*fields)
 
 
+class Change(Protocol):
+    """``VirtioState.remap``: calls ``change`` with the device out of guest memory. Raises HostError."""
+
+    def __call__(self, change: Callable[[], None], *, in_parts: bool = False) -> None:
+        """``in_parts``: what running rings are in may go, and come back by another change."""
+
+
 class MemoryTable:
     """The regions a client has shared, in ``memory``."""
 
-    def __init__(self, memory: GuestMemory, change: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(self, memory: GuestMemory, change: Change) -> None:
         self._memory = memory
         self._change = change
         self._regions: dict[Place, MemoryRegion] = {}
@@ -90,16 +97,20 @@ class MemoryTable:
         _refuse_overlap(place, self._regions)
         region = _map(place, fd)
         try:
-            self._apply({**self._regions, place: region})
+            self._apply({**self._regions, place: region}, in_parts=True)
         except BaseException:
             region.close()
             raise
 
     def remove(self, place: Place) -> None:
-        """REM_MEM_REG: one less, known by its guest address, client address and size. Raises ClientError."""
+        """REM_MEM_REG: one less, known by its guest address, client address and size. Raises ClientError.
+
+        Running rings may be in it: QEMU takes regions away to add them again in other pieces.
+        """
         for known in self._regions:
             if known[:3] == place[:3]:
-                self._apply({key: region for key, region in self._regions.items() if key != known})
+                rest = {key: region for key, region in self._regions.items() if key != known}
+                self._apply(rest, in_parts=True)
                 return
         raise ClientError(f"{place} at client address {place.user:#x} cannot leave: it is not there")
 
@@ -110,9 +121,9 @@ class MemoryTable:
                 return place.guest + user - place.user
         raise GuestError(f"client address {user:#x} is in no region of the memory table")
 
-    def _apply(self, regions: dict[Place, MemoryRegion]) -> None:
+    def _apply(self, regions: dict[Place, MemoryRegion], *, in_parts: bool = False) -> None:
         try:
-            self._change(lambda: self._memory.replace(regions.values()))
+            self._change(lambda: self._memory.replace(regions.values()), in_parts=in_parts)
         except HostError as error:
             raise ClientError(f"memory cannot change: {error}") from error
         kept = set(map(id, regions.values()))

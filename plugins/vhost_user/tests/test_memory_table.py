@@ -29,7 +29,7 @@ def memory() -> Iterator[GuestMemory]:
 
 @pytest.fixture
 def table(memory: GuestMemory) -> MemoryTable:
-    return MemoryTable(memory, lambda change: change())
+    return MemoryTable(memory, lambda change, *, in_parts=False: change())
 
 
 def file(size: int = PAGE, fill: bytes = b"") -> Fd:
@@ -152,12 +152,12 @@ def test_ADD_MEM_REG_beyond_the_slots_is_refused(table: MemoryTable) -> None:
 def test_memory_that_the_device_does_not_leave_stays_mapped(memory: GuestMemory) -> None:
     hangs = False
 
-    def change(do: Callable[[], None]) -> None:
+    def apply(change: Callable[[], None], *, in_parts: bool = False) -> None:
         if hangs:
             raise HostError("the worker still runs")
-        do()
+        change()
 
-    table = MemoryTable(memory, change)
+    table = MemoryTable(memory, apply)
     table.replace([place(0)], [file(fill=b"busy")])
     hangs = True
     for attempt in (

@@ -277,7 +277,7 @@ def packed_queue(
         lap, slot = divmod(count, rings.size)
         flags = rings.flags[slot]
         if flags & (_AVAIL | _USED) == (0 if lap & 1 else _AVAIL | _USED):
-            rings.flags[slot] = flags ^ (_AVAIL if lap & 1 else _USED)
+            rings.flags[slot] = flags ^ _USED
     table = b""
     for taken in left:
         more = len(taken.descriptors)

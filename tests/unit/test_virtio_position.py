@@ -254,10 +254,10 @@ def test_in_hand_falls_on_a_dead_queue_too(bench: Bench) -> None:
     assert bench.queue.in_hand == 3
     bench.queue.push_together([(one, 0), (three, 0)])
     assert bench.queue.in_hand == 1
-    next_life = bench.device(bench.queue.position)
+    dead, next_life = bench.queue, bench.device(bench.queue.position)
     next_life.push(four)
     assert bench.driver.used_idx == 0
-    assert next_life.in_hand == 0
+    assert (dead.in_hand, next_life.in_hand) == (0, 0)
 
 
 def test_a_chain_of_a_dead_queue_counts_once() -> None:

@@ -88,14 +88,23 @@ def test_DMA_MAP_that_is_not_writable_is_as_a_rom(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "start, size",
-    [(0, 1), (0x1000, 0x1000), (0xFFF, 2), (0x1FFF, 1), (0x800, 0x2000), (0x1000, TOP - 0x1000)],
+    [
+        (0x1000, 1),
+        (0, 0x1001),
+        (0, TOP - 1),
+        (0x1800, 0x800),
+        (0x1FFF, 1),
+        (0x1FFF, 0x1000),
+        (0x1000, 0x1000),
+    ],
 )
 def test_DMA_MAP_over_another_map_is_refused(start: int, size: int) -> None:
     with serving() as bench:
         bench.client.version()
-        bench.client.dma_map(0, 0x2000, None)
+        bench.client.dma_map(0x1000, 0x1000, None)
         assert ask_map(bench, start, size) == errno.EEXIST
         assert ask_map(bench, 0x2000, TOP - 0x2000) == 0
+        assert ask_map(bench, 0, 0x1000) == 0
 
 
 @pytest.mark.parametrize(
@@ -113,7 +122,8 @@ def test_DMA_MAP_of_what_cannot_be_is_refused(start: int, size: int, flags: int,
     before = open_fds()
     with serving() as bench, open("/dev/null") as file:
         bench.client.version()
-        assert ask_map(bench, start, size, fd=file.fileno(), flags=flags, argsz=argsz) == errno.EINVAL
+        for fd in (None, file.fileno()):
+            assert ask_map(bench, start, size, fd=fd, flags=flags, argsz=argsz) == errno.EINVAL
         assert bench.served.memory.regions == () and not bench.served.used
     assert open_fds() == before
 

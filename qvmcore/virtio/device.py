@@ -104,6 +104,14 @@ class VirtioVdev(Vdev):
         """
         return False
 
+    def on_queue_stop(self, index: int, queue: Virtqueue) -> None:
+        """The queue is to stand still: give back (``queue.unpop_all``) the chains that wait for others.
+
+        For a device that pops ahead, as buffers for what may come. The worker is idle, ``pop`` gives
+        nothing more for now; the queue ends or ``handle_queue`` is called again. Chains of work under way
+        are pushed as ever, within seconds.
+        """
+
     def on_queue_reset(self, index: int) -> None:
         """The driver reset one queue (2.6.1), which is dead: forget the chains of it that are held.
 

@@ -42,6 +42,16 @@ class InOrderQueue(Virtqueue):
         if not self._ring.dead:
             self._order.pop()
 
+    def unpop_all(self, chains: Sequence[Chain]) -> None:
+        """See :meth:`Virtqueue.unpop_all`."""
+        for chain in chains:
+            if chain in self._early:
+                raise ValueError(f"queue {self.index}: chain {chain.head} was pushed already")
+        self._ring.unpop_all(chains)
+        if not self._ring.dead:
+            for _ in chains:
+                self._order.pop()
+
     def push(self, chain: Chain, written: int | None = None) -> None:
         """See :meth:`Virtqueue.push`."""
         order, early = self._order, self._early

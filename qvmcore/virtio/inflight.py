@@ -78,7 +78,8 @@ class TrackedQueue(Virtqueue):
     """
 
     __slots__ = (
-        "_descriptors", "_entries", "_left", "_newest", "_offered", "_owing", "_replay", "_ring", "_tracker",
+        "_descriptors", "_entries", "_left", "_newest", "_offered", "_old", "_owing", "_replay", "_ring",
+        "_tracker",
     )  # fmt: skip
 
     def __init__(
@@ -98,6 +99,7 @@ class TrackedQueue(Virtqueue):
         self._left = deque(taken.entry for taken in left)  # what replay gives
         self._newest: Chain | None = None  # the last one of replay, while nothing else was popped
         self._entries: dict[Chain, int] = {}  # chains in hand
+        self._old: set[Chain] = set()  # those of replay
         self._descriptors = ring.descriptors if isinstance(ring, PackedQueue) else _no_descriptors
         # The device before us may have been killed between giving back and interrupting.
         self._owing = True
@@ -110,6 +112,7 @@ class TrackedQueue(Virtqueue):
                 chain._queue = self._ring
                 self._entries[chain] = self._left.popleft()
                 self._newest = chain
+                self._old.add(chain)
             return chain
         chain = self._ring.pop()
         if chain is not None:
@@ -125,10 +128,27 @@ class TrackedQueue(Virtqueue):
             chain._queue = self._replay
             self._replay.unpop(chain)
             self._left.appendleft(self._entries.pop(chain))
+            self._old.discard(chain)
             return
         self._ring.unpop(chain)
         if not self._ring.dead:
             self._tracker.untake(self._entries.pop(chain))
+
+    def unpop_all(self, chains: Sequence[Chain]) -> None:
+        """See :meth:`Virtqueue.unpop_all`."""
+        if self._ring.dead:
+            return
+        # What was left comes before all else.
+        old = [chain for chain in chains if chain in self._old]
+        new = chains[len(old) :]
+        self._ring.unpop_all(new)
+        for chain in reversed(new):
+            self._tracker.untake(self._entries.pop(chain))
+        for chain in old:
+            chain._queue = self._replay
+        self._replay.unpop_all(old)
+        self._left.extendleft(self._entries.pop(chain) for chain in reversed(old))
+        self._old.difference_update(old)
 
     def push(self, chain: Chain, written: int | None = None) -> None:
         """See :meth:`Virtqueue.push`."""
@@ -225,10 +245,13 @@ class TrackedQueue(Virtqueue):
         if dead:
             # It stays noted as in flight: that is what it is.
             self._entries.pop(chain, None)
+            self._old.discard(chain)
         return True
 
     def _give(self, batch: Sequence[tuple[Chain, int]]) -> None:
         entries = [self._entries.pop(chain) for chain, _ in batch]
+        if self._old:
+            self._old.difference_update(chain for chain, _ in batch)
         self._tracker.giving(entries)
         ring = self._ring
         before = ring.pushed

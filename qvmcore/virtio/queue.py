@@ -53,6 +53,10 @@ class Virtqueue(abc.ABC):
         """Give back the chain popped last, unused; the next :meth:`pop` returns it again."""
 
     @abc.abstractmethod
+    def unpop_all(self, chains: Sequence[Chain]) -> None:
+        """Give back, unused, those popped last, in the order they were popped; pop() returns them again."""
+
+    @abc.abstractmethod
     def push(self, chain: Chain, written: int | None = None) -> None:
         """Hand the chain back as used, with ``written`` bytes (default: ``chain.written``).
 

@@ -94,6 +94,7 @@ class RemoteDriver(DeviceLife):
             if setup is None or queue is None or self._hung:
                 return None
             queue.close()
+            self._recall([queue])
             if not _drained([queue], timeout):
                 self._vdev.ctx.log.warning("queue %d: stopped with %d chains in hand", index, queue.in_hand)
             self._unwatch(index)
@@ -126,6 +127,7 @@ class RemoteDriver(DeviceLife):
                 return
             self._held = True
             try:
+                self._recall(live)
                 # Held, the worker takes nothing new; what others have in hand comes back meanwhile.
                 idle = _drained(live, life.QUIESCE_TIMEOUT)
                 if not self._quiesce(change):
@@ -146,6 +148,17 @@ class RemoteDriver(DeviceLife):
                 self._held = self._out_of_reach or self._incomplete
                 for queue in live:
                     self._doorbells[queue.index].signal()
+
+    def _recall(self, queues: Sequence[Virtqueue]) -> None:
+        """Have the device give back what it popped ahead."""
+        waiting = [queue for queue in queues if queue.in_hand]
+
+        def recall() -> None:
+            for queue in waiting:
+                self._vdev.on_queue_stop(queue.index, queue)
+
+        if waiting and not self._quiesce(recall):
+            raise HostError("the worker still runs and may use guest memory")
 
     def _check_alive(self) -> None:
         if self._hung or self._ended or self._status & (spec.DEVICE_NEEDS_RESET | spec.FAILED):

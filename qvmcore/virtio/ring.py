@@ -93,6 +93,19 @@ class RingQueue(Virtqueue):
         self._last -= 1
         self._rewind(chain)
 
+    def unpop_all(self, chains: Sequence[Chain]) -> None:
+        """See :meth:`Virtqueue.unpop_all`."""
+        if self._dead:
+            return
+        for chain in reversed(chains):
+            if self._newest is None or chain._queue is not self or chains[-1] is not self._newest:
+                raise ValueError(f"queue {self.index}: chain {chain.head} is not among those popped last")
+            chain._queue = None
+            self._last -= 1
+            self._rewind(chain)
+        if chains:
+            self._newest = None
+
     def notify(self) -> None:
         """See :meth:`Virtqueue.notify`."""
         if self._dead:

@@ -44,6 +44,8 @@ class Calls:
 class Remote:
     """An Echo, the memory of its client, and rings in it."""
 
+    kind: type[Echo] = Echo
+
     def __init__(self, features: int) -> None:
         self.features = features
         self.fd = os.memfd_create("client")
@@ -51,8 +53,8 @@ class Remote:
         self.memory = GuestMemory([self.region()])
         self.ctx = FakeContext("echo", self.memory, 1)
         self.ctx.threads_allowed = True
-        options, _ = convert_options(Echo.Options, {}, Path())
-        self.vdev = Echo(self.ctx, options)
+        options, _ = convert_options(self.kind.Options, {}, Path())
+        self.vdev = self.kind(self.ctx, options)
         self.vdev.on_configured()
         self.calls = Calls()
         self.state = self.vdev.virtio

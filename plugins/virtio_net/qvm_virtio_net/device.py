@@ -95,6 +95,12 @@ class VirtioNet(VirtioVdev):
         if features & spec.F_CTRL_VLAN:
             self.filter.filter_vlans()
 
+    def on_queue_stop(self, index: int, queue: Virtqueue) -> None:
+        """Buffers in stock for frames to come."""
+        pair, transmits = divmod(index, 2)
+        if not transmits and pair in self._receivers:
+            self._receivers[pair].give_back()
+
     def on_queue_reset(self, index: int) -> None:
         """The buffers in stock are the driver's again (2.6.1); the worker is idle."""
         pair, transmits = divmod(index, 2)

@@ -98,6 +98,12 @@ class Receiver:
         self._waiting.clear()
         self._thrive()
 
+    def give_back(self) -> None:
+        """The buffers in stock are the driver's again, in their place in the queue."""
+        self._queue.unpop_all(self._stock)
+        self._stock.clear()
+        self._room = self._views = 0
+
     # ---- one frame -----------------------------------------------------------------------------
 
     def _receive(self) -> bool:

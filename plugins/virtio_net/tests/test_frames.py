@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from qvm_virtio_net.header import Malformed
 from qvm_virtio_net.testing import MAC_A, MAC_B, Guest, ethernet, header
 
 from qvmcore.testing.driver import Piece
+from qvmcore.virtio.spec import DEVICE_NEEDS_RESET
 
 Pair = Callable[..., tuple[Guest, Guest]]
 Until = Callable[[Callable[[], Any]], None]
@@ -323,3 +325,21 @@ def test_the_ones_complement_sum_is_that_of_rfc_1071(data: bytes) -> None:
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     assert offload.ones_sum(data) == total
+
+
+def test_buffers_in_stock_are_given_back_before_guest_memory_moves(pair: Pair) -> None:
+    one, two = pair()
+    state = two.device.vdev.virtio
+    two.offer(*[2000] * 60)
+    held: list[int] = []
+    for number in range(3):
+        # A frame makes the card look for buffers ahead, for the longest that may come.
+        one.send(ethernet(payload=b"%d" % number))
+        one.device.settle()
+        two.device.settle()
+        queue = state.queue(0)
+        assert queue is not None and queue.in_hand
+        state.remap(partial(lambda queue: held.append(queue.in_hand), queue))
+    assert held == [0, 0, 0]
+    assert not state.status & DEVICE_NEEDS_RESET
+    assert [frame[14:15] for _, frame, _ in two.received()] == [b"0", b"1", b"2"]

@@ -1,4 +1,4 @@
-"""The client's memory goes and comes back while a virtio device runs its queues, as firmware makes QEMU do."""
+"""Memory goes and comes back while a virtio device runs its queues: firmware makes QEMU do that."""
 
 from __future__ import annotations
 

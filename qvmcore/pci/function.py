@@ -221,7 +221,10 @@ class PciFunction:
         return None
 
     def _bar(self, number: int) -> Bar | None:
-        return next((bar for bar in self._bars if bar.number == number), None)
+        for bar in self._bars:
+            if bar.number == number:
+                return bar
+        return None
 
     def _msix_bar(self, number: int | None) -> Bar:
         taken = {each for bar in self._bars for each in bar.numbers}

@@ -24,6 +24,8 @@ TEXT_MAX = 4096
 
 _READ_SIZE = 4096
 _ANCILLARY = socket.CMSG_SPACE(FDS_MAX * array.array("i").itemsize)
+#: As a plain number: an operator of socket's own enumeration takes microseconds.
+_CTRUNC = int(socket.MSG_CTRUNC)
 _KNOWN_FLAGS = spec.TYPE_MASK | spec.NO_REPLY
 
 
@@ -173,8 +175,8 @@ class Connection:
         except OSError:
             return 0  # reset by the client
         self._data += data
-        if ancillary or flags & socket.MSG_CTRUNC:
-            self._adopt(ancillary, bool(flags & socket.MSG_CTRUNC))
+        if ancillary or flags & _CTRUNC:
+            self._adopt(ancillary, bool(flags & _CTRUNC))
         return len(data)
 
     def _missing(self) -> int:

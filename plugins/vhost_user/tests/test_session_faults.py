@@ -169,6 +169,19 @@ def test_rings_before_SET_FEATURES_or_SET_MEM_TABLE_are_refused(rng: ServedVdev[
         assert client.get_vring_base(0) == 0
 
 
+def test_refusals_without_end_do_not_fill_the_log(
+    rng: ServedVdev[VirtioEntropy], caplog: pytest.LogCaptureFixture
+) -> None:
+    with rng.driver() as driver:
+        for _ in range(100):
+            with pytest.raises(Refused):
+                driver.client.set_vring(Request.SET_VRING_NUM, 0, 8)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 21
+    assert lines[0] == "SET_VRING_NUM refused: ring 0 runs, its size cannot change; GET_VRING_BASE stops it"
+    assert lines[-1] == "further refusals to this client are not logged"
+
+
 # ---- memory that moves -------------------------------------------------------------------------------
 
 

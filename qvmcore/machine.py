@@ -31,7 +31,7 @@ from qvmcore.errors import HostError
 from qvmcore.inquiry import Inquiry, describe, status_lines
 from qvmcore.memory import GuestMemory
 from qvmcore.plugins import PluginHost
-from qvmcore.signals import SignalEvents
+from qvmcore.signals import SignalEvents, StartGivenUp
 from qvmcore.slot import VdevSlot
 from qvmcore.termination import Phase, StepResult, TerminationPlan
 from qvmcore.types import GuestEnd, MachineSpec, Reason
@@ -131,19 +131,23 @@ class Machine:
     def run(self) -> Outcome:
         """Run the whole life of the VM and end it in order, whatever happens.
 
-        Raises QvmError when the VM could not be started; everything opened is released by then.
+        Raises QvmError when the VM could not be started; everything opened is released by then. A start that
+        was given up by two signals is an Outcome: the power was cut.
         """
         # A busy worker may hold up a vCPU's register access for one interval: 5 ms is too long.
         sys.setswitchinterval(SWITCH_INTERVAL)
-        with SignalEvents(self._events.put):
+        with SignalEvents(self._events.put) as signals:
             engine = choose_engine(self._host, self.spec.engine, self.board.arch)
             self._engine_name = engine.name
             end = GuestEnd(Reason.HOST_ERROR, "not started")
             with ControlServer(self.spec.name, self.report):
                 try:
-                    self._start(engine)
+                    with signals.starting():
+                        self._start(engine)
                     self._state = "running"
                     end = self._wait()
+                except StartGivenUp as request:
+                    end = GuestEnd(Reason.POWER_CUT, str(request))
                 finally:
                     # Also for KeyboardInterrupt, SystemExit and a failed start: nothing may be left.
                     self._state = "ending"

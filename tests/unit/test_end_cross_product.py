@@ -1,8 +1,8 @@
 """Every kind of end, with a vdev that misbehaves at every step of its life: the others do not notice.
 
-The product is computed below and counted; each combination is one whole life of a machine with three
-vdevs, the second of which raises, hangs, or is late, at one place. Deaths of the process itself are in
-``plugins/quiesce/tests/test_end_by_death.py``.
+The product is computed below and counted; each combination is one whole life of a machine with a console
+on a terminal and three vdevs, the second of which raises, hangs, or is late, at one place. Deaths of the
+process itself are in ``plugins/quiesce/tests/test_end_by_death.py``.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ import gc
 import itertools
 import os
 import signal
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from qvm_chardev.stdio import Stdio
+from qvm_primecell.pl011 import Pl011
 
 from qvmcore.machine import Machine
 from qvmcore.rundir import base as run_folder
@@ -27,6 +31,8 @@ from qvmcore.testing.host import FIRST_LOC, STRIDE, machine
 from qvmcore.types import GuestEnd, Reason, Window
 from qvmcore.vdev import Vdev
 
+#: Where the three plain vdevs are: behind the console.
+PLAIN = FIRST_LOC + STRIDE
 MODES = ("raise", "hang", "late")
 #: Seconds a callback that hangs is waited for, and others, which only a very busy host makes so late.
 SHORT, PATIENT = 0.05, 10.0
@@ -57,7 +63,7 @@ ENDS: dict[str, tuple[Callable[[ScriptedGuest], None], Reason]] = {
     "SIGINT": (send(signal.SIGINT), Reason.POWER_CUT),
     "SIGHUP": (send(signal.SIGHUP), Reason.POWER_CUT),
     "SIGQUIT": (send(signal.SIGQUIT), Reason.SIGQUIT),
-    "fatal": (lambda guest: guest.write32(FIRST_LOC + 2 * STRIDE, 6), Reason.VDEV_FATAL),
+    "fatal": (lambda guest: guest.write32(PLAIN + 2 * STRIDE, 6), Reason.VDEV_FATAL),
     "unsupported": (lambda guest: void(guest.read32(0x3000_0000)), Reason.UNSUPPORTED_ACCESS),
 }
 BUTTON_ENDS = ("SIGTERM", "SIGINT", "SIGHUP")
@@ -179,10 +185,46 @@ SHORTENED = {
 }
 
 
+class Terminal:
+    """What the machines' console is on. ``raw``: whether keys go to the guest as they are."""
+
+    def __init__(self) -> None:
+        self.master, self.fd = os.openpty()
+        modes = termios.tcgetattr(self.fd)
+        # Unlike those of a fresh one, so that defaults are not taken for the old ones.
+        modes[3] &= ~termios.ECHOE
+        termios.tcsetattr(self.fd, termios.TCSANOW, modes)
+
+    @property
+    def modes(self) -> list[Any]:
+        return termios.tcgetattr(self.fd)
+
+    @property
+    def raw(self) -> bool:
+        return not self.modes[3] & (termios.ICANON | termios.ECHO)
+
+
+TERMINAL = Terminal()
+
+
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard input and output, for the console."""
+    stdio = partial(Stdio, input_fd=TERMINAL.fd, output_fd=TERMINAL.fd)
+    monkeypatch.setattr("qvm_chardev.open.Stdio", stdio)
+
+
+def build(engine: ScriptedEngine, folder: Path, **system: Any) -> Machine:
+    """The console first: it has the terminal before anybody misbehaves."""
+    classes = (Pl011, Life, Misbehaves, Last)
+    return machine(classes, engine, folder, options={"pl011": {"hostdev": "stdio"}}, **system)
+
+
 class Leftovers:
     """What must be the same after a machine's life as before it."""
 
     def __init__(self) -> None:
+        self.modes = TERMINAL.modes
         gc.collect()
         self.threads = set(threading.enumerate())
         self.fds = set(os.listdir("/proc/self/fd"))
@@ -193,6 +235,7 @@ class Leftovers:
         while set(threading.enumerate()) - self.threads and time.monotonic() < end:
             time.sleep(0.002)
         assert set(threading.enumerate()) <= self.threads
+        assert TERMINAL.modes == self.modes
         gc.collect()
         assert len(os.listdir("/proc/self/fd")) == len(self.fds)
         assert {number: signal.getsignal(number) for number in signal.valid_signals()} == self.handlers
@@ -216,30 +259,32 @@ class Lives:
             self._live(end, place, mode)
 
     def _live(self, end: str, place: str, mode: str) -> None:
-        before = Leftovers()
+        before, seen = Leftovers(), list[bool]()
         Misbehaves.place, Misbehaves.mode = place, mode
         Misbehaves.release, Misbehaves.hanging = threading.Event(), threading.Event()
         finish, reason = ENDS[end]
 
         def script(guest: ScriptedGuest) -> None:
+            seen.append(TERMINAL.raw)
             if place == "register":
-                guest.read32(FIRST_LOC + STRIDE)
+                guest.read32(PLAIN + STRIDE)
             finish(guest)
             if place == "vcpu":
-                guest.read32(FIRST_LOC + STRIDE + 4)
+                guest.read32(PLAIN + STRIDE + 4)
             guest.wait()
 
-        vm = machine((Life, Misbehaves, Last), ScriptedEngine(script), self.folder, unsupported="abort")
+        vm = build(ScriptedEngine(script), self.folder, unsupported="abort")
         began = time.monotonic()
         if mode == "raise" and place in ("configured", "starting"):
             with pytest.raises(RuntimeError, match="misbehaves at"):
                 vm.run()
         else:
             outcome = vm.run()
+            assert seen == [True], "the console has the terminal while the guest runs"
             assert (outcome.end.reason, outcome.code) == (reason, reason.exit_code)
             self._verdicts(vm, place, mode)
         assert time.monotonic() - began < LIMIT
-        first, middle, last = (slot.vdev for slot in vm.slots)
+        first, middle, last = (slot.vdev for slot in vm.slots[1:])
         assert isinstance(first, Life) and isinstance(middle, Life) and isinstance(last, Life)
         unborn = mode == "raise" and place == "configured"
         self._whole(first, born=True, started=not (mode == "raise" and place == "configured"))
@@ -271,7 +316,7 @@ class Lives:
         else:
             verdict = "failed" if mode == "raise" or place == "worker" else "late"
             assert bad == {("misbehaves", phase, verdict)}
-        assert vm.slots[1].faulted or place not in ("register", "worker", "button") or mode != "raise"
+        assert vm.slots[2].faulted or place not in ("register", "worker", "button") or mode != "raise"
 
 
 def combinations(end: str) -> Iterator[tuple[str, str]]:
@@ -280,7 +325,7 @@ def combinations(end: str) -> Iterator[tuple[str, str]]:
         if place == "button" and end not in BUTTON_ENDS:
             continue  # nobody presses it
         if mode == "hang" and place in ("configured", "starting"):
-            continue  # the VM is not running yet: see docs/how-a-guest-ends.md, "Limits"
+            continue  # the VM is not running yet: see the test below
         yield place, mode
 
 
@@ -300,6 +345,45 @@ def test_whatever_a_vdev_does_the_others_end_in_order(end: str, tmp_path: Path) 
     COUNTS[end] = lives.count
 
 
+@pytest.mark.parametrize("place", ["configured", "starting"])
+@pytest.mark.parametrize(
+    "requests",
+    [(signal.SIGTERM,) * 2, (signal.SIGINT,) * 2, (signal.SIGQUIT, signal.SIGHUP)],
+    ids=lambda numbers: "-".join(number.name for number in numbers),
+)
+def test_a_vdev_that_hangs_in_the_start_is_given_up_by_the_second_request(
+    place: str, requests: tuple[signal.Signals, ...], tmp_path: Path
+) -> None:
+    before = Leftovers()
+    Misbehaves.place, Misbehaves.mode = place, "hang"
+    Misbehaves.release, Misbehaves.hanging = threading.Event(), threading.Event()
+    vm, over = build(ScriptedEngine(ScriptedGuest.wait), tmp_path), threading.Event()
+
+    def ask() -> None:
+        Misbehaves.hanging.wait(LIMIT)
+        for number in (signal.SIGUSR1, *requests):
+            if not over.wait(SHORT):
+                os.kill(os.getpid(), number)
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    began = time.monotonic()
+    outcome = vm.run()
+    over.set()
+    asker.join()
+    assert time.monotonic() - began < LIMIT
+    assert outcome.code == 3
+    assert outcome.end.reason is Reason.POWER_CUT
+    assert outcome.end.message == f"power cut by a second {requests[1].name} while the VM was starting"
+    first, _, last = (slot.vdev for slot in vm.slots[1:])
+    assert isinstance(first, Life) and isinstance(last, Life)
+    Lives._whole(first, born=True, started=place == "starting")
+    Lives._whole(last, born=place == "starting", started=False)
+    vm._memory.close()
+    del vm, first, last
+    before.check()
+
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -311,20 +395,23 @@ def test_a_signal_at_any_step_neither_ends_the_plan_nor_runs_it_twice(
         before = Leftovers()
         Misbehaves.place = Misbehaves.mode = ""
         monkey = pytest.MonkeyPatch()
-        monkey.setattr(
-            Misbehaves,
-            "also",
-            staticmethod(lambda at, step=step: at == step and os.kill(os.getpid(), number)),
-        )
+
+        def interrupt(at: str, step: str = step) -> None:
+            # Twice in the end; in the start that would give it up.
+            for _ in range((at == step) * (1 if at in LIFE[:2] else 2)):
+                os.kill(os.getpid(), number)
+                time.sleep(SHORT / 10)  # two at the same moment are one
+
+        monkey.setattr(Misbehaves, "also", staticmethod(interrupt))
         engine = ScriptedEngine(lambda guest: (guest.power_off(), guest.wait())[0])
-        vm = machine((Life, Misbehaves, Last), engine, tmp_path, dump_dir=tmp_path)
+        vm = build(engine, tmp_path, dump_dir=tmp_path)
         try:
             outcome = vm.run()
         finally:
             monkey.undo()
         assert outcome.end.reason in (Reason.GUEST_SHUTDOWN, Reason.POWER_CUT, Reason.SIGQUIT)
         assert all(each.verdict == "ok" for each in outcome.steps), step
-        for slot in vm.slots:
+        for slot in vm.slots[1:]:
             assert isinstance(slot.vdev, Life)
             assert sorted({*slot.vdev.life} - {"button"}) == sorted(LIFE), step
             assert len(slot.vdev.life) <= len(LIFE) + 1, "nothing runs twice"

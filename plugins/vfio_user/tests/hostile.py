@@ -316,8 +316,9 @@ def messages() -> st.SearchStrategy[Bad]:
         numbers(32), numbers(32), numbers(32),
     )  # fmt: skip
     any_bytes = st.builds(
-        Bad, numbers(16), st.binary(max_size=80), _some(), st.sampled_from((0, NO_REPLY, 1))
-    )
+        lambda command, data, fds, flags: Bad(command, data, fds, flags),
+        numbers(16), st.binary(max_size=80), _some(), st.sampled_from((0, NO_REPLY, 1)),
+    )  # fmt: skip
     good = st.one_of(reads, writes, sets, maps, unmaps, multis, infos, st.just(Bad(Command.RESET)), any_bytes)
     return st.builds(
         lambda bad, posted: bad._replace(flags=bad.flags | posted * NO_REPLY), good, st.booleans()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -63,6 +64,11 @@ def sector(number: int) -> bytes:
     return number.to_bytes(2, "little") * 256
 
 
+def _usual_limit() -> None:
+    """As many descriptors as a shell gives; the test run itself has more."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+
 class Serving:
     """The process, in ``folder``, with sockets in ``folder/dir``. A context manager."""
 
@@ -82,6 +88,7 @@ class Serving:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=log,
+                preexec_fn=_usual_limit,
             )
         last = f"{names[-1]}.sock\n"
         self.wait(lambda: last in self.out, "it does not serve")

@@ -1,4 +1,4 @@
-"""An eventfd of the client's, which this side only writes."""
+"""Eventfds of the client's."""
 
 from __future__ import annotations
 
@@ -7,24 +7,29 @@ import select
 from pathlib import Path
 
 
-class ClientEventFd:
-    """Takes a descriptor over, on failure too. Raises ValueError for one that is no eventfd.
+def check_eventfd(fd: int) -> None:
+    """Raises ValueError for a descriptor that is no eventfd, and closes it."""
+    try:
+        kind = str(Path(f"/proc/self/fd/{fd}").readlink())
+    except OSError as error:
+        os.close(fd)
+        raise ValueError(f"an eventfd was expected: {error.strerror}") from error
+    if kind != "anon_inode:[eventfd]":
+        os.close(fd)
+        raise ValueError(f"an eventfd was expected, not {kind[:60]!r}")
 
-    Not thread-safe. The client holds the other end, so a write must not wait for it: the counter is looked
+
+class ClientEventFd:
+    """One that this side only writes.
+
+    Takes a descriptor over, on failure too. Raises ValueError for one that is no eventfd. Not thread-safe. The client holds the other end, so a write must not wait for it: the counter is looked
     at first. Whether a write would block is no property of our descriptor but of the file we share, which
     the client may change at any time.
     """
 
     def __init__(self, fd: int) -> None:
+        check_eventfd(fd)
         self._fd = fd
-        try:
-            kind = str(Path(f"/proc/self/fd/{fd}").readlink())
-        except OSError as error:
-            os.close(fd)
-            raise ValueError(f"an eventfd was expected: {error.strerror}") from error
-        if kind != "anon_inode:[eventfd]":
-            os.close(fd)
-            raise ValueError(f"an eventfd was expected, not {kind[:60]!r}")
         self._poll = select.poll()
         self._poll.register(fd, select.POLLOUT)
 

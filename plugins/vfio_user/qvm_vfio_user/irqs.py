@@ -12,6 +12,7 @@ import threading
 
 from qvm_vfio_user import spec
 from qvm_vfio_user.client_eventfd import ClientEventFd
+from qvm_vfio_user.unmask import UnmaskEvents
 from qvm_vfio_user.wire import Message, Refused
 from qvmcore.api import Bar, PciInterrupts
 
@@ -30,6 +31,7 @@ class Irqs:
         self._pulse = False  # INTx was signalled once while it could not fire
         self._masked = False
         self._early: set[int] = set()  # vectors signalled before they had an eventfd
+        self._unmask: UnmaskEvents | None = None
         interrupts.on_vector = self.vector
 
     # ---- FunctionPort: any thread ------------------------------------------------------------------
@@ -62,6 +64,11 @@ class Irqs:
                 signal.send()
 
     # ---- messages: the socket's thread ---------------------------------------------------------------
+
+    def open(self, socket_fd: int) -> UnmaskEvents:
+        """A client came. To be waited for by what comes back, before the socket is read."""
+        self._unmask = UnmaskEvents(socket_fd, lambda: self._mask(False))
+        return self._unmask
 
     def info(self, payload: bytes) -> bytes:
         """DEVICE_GET_IRQ_INFO. Raises Refused."""
@@ -97,9 +104,12 @@ class Irqs:
             raise Refused(errno.EINVAL, f"{what}: there are {self._counts.get(index, 0)}")
         chosen = [start + at for at in range(count) if data != spec.DATA_BOOL or booleans[at]]
         if data == spec.DATA_EVENTFD:
-            if action != spec.ACTION_TRIGGER:
-                raise Refused(errno.EINVAL, f"{what}: masks are set by messages only")
-            self._connect(index, chosen, message)
+            if action == spec.ACTION_TRIGGER:
+                self._connect(index, chosen, message)
+            elif action == spec.ACTION_UNMASK and index == spec.INTX:
+                self._connect_unmask(message)
+            else:
+                raise Refused(errno.EINVAL, f"{what}: only an unmask of INTx can come by an eventfd")
         elif action == spec.ACTION_TRIGGER:
             self._trigger(index, chosen)
         elif index != spec.INTX:
@@ -118,6 +128,7 @@ class Irqs:
         """The client is gone: close its eventfds; interrupts go nowhere from here on."""
         for index in self._counts:
             self._disable(index)
+        self._unmask = None
 
     # ---- inside ------------------------------------------------------------------------------------
 
@@ -154,6 +165,18 @@ class Irqs:
                 self._masked = False
                 self._fire_intx()
 
+    def _connect_unmask(self, message: Message) -> None:
+        """Have an eventfd unmask INTx, or none when none came."""
+        if len(message.fds) > 1 or self._unmask is None:
+            raise Refused(errno.EINVAL, f"{len(message.fds)} descriptors to unmask INTx")
+        if not message.fds:
+            self._unmask.close()
+            return
+        try:
+            self._unmask.watch(message.fds.take())
+        except ValueError as error:
+            raise Refused(errno.EINVAL, str(error)) from error
+
     def _disable(self, index: int) -> None:
         with self._lock:
             for key in [key for key in self._signals if key[0] == index]:
@@ -162,6 +185,8 @@ class Irqs:
                 self._early.clear()
             elif index == spec.INTX:
                 self._pulse = self._masked = False
+        if index == spec.INTX and self._unmask is not None:
+            self._unmask.close()
 
     def _trigger(self, index: int, numbers: list[int]) -> None:
         """The client signals itself, to try the way."""

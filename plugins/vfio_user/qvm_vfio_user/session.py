@@ -52,7 +52,7 @@ class VfioUserSession:
 
     def serve(self, connection: socket.socket) -> None:
         """Speak with one client until it leaves. Raises ClientError when it breaks the protocol."""
-        link = Connection(connection)
+        link = Connection(connection, self._irqs.open(connection.fileno()).wait)
         self._proposal = None
         self._told.clear()
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import array
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from qvm_vfio_user import spec
@@ -100,10 +100,14 @@ _NONE = Descriptors()
 
 
 class Connection:
-    """The server's side of one connection. One thread, the socket's; the socket is not closed here."""
+    """The server's side of one connection. One thread, the socket's; the socket is not closed here.
 
-    def __init__(self, connection: socket.socket) -> None:
+    ``wait`` is called before the socket is read, and may wait for it and for other things.
+    """
+
+    def __init__(self, connection: socket.socket, wait: Callable[[], None] = lambda: None) -> None:
         self._socket = connection
+        self._wait = wait
         self._data = b""  # what was read; up to ``_at`` it was given out as messages
         self._at = 0
         self._passed = 0  # bytes of the stream that came before ``_data``
@@ -170,6 +174,7 @@ class Connection:
             self._data, self._at = self._data[self._at :], 0
         if self._data:
             size = max(size, self._missing())
+        self._wait()
         try:
             data, ancillary, flags, _ = self._socket.recvmsg(size, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
         except OSError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from typing import Any
 
 import pytest
@@ -79,6 +80,52 @@ def test_intx_that_is_masked_does_not_fire() -> None:
         assert event.count() == 0
         client.set_irqs(NONE | UNMASK, INTX)
         assert event.count() == 1
+
+
+def test_an_eventfd_unmasks_intx_as_kvm_does_at_the_end_of_interrupt() -> None:
+    before = open_fds()
+    with serving() as bench, Event() as event, Event() as resample, Event() as other:
+        client = bench.ready()
+        client.set_irqs(FIRE, INTX, fds=[event.fd])
+        client.set_irqs(EVENTFD | UNMASK, INTX, fds=[resample.fd])
+        bench.vdev.ctx.irq(0).set(True)
+        for _ in range(3):
+            assert event.count(5) == 1
+            assert event.count() == 0
+            os.eventfd_write(resample.fd, 1)
+        assert event.count(5) == 1
+        # Messages are answered as before, and unmask as well.
+        client.set_irqs(NONE | UNMASK, INTX)
+        assert event.count() == 1
+        # Another one takes its place, and then none.
+        client.set_irqs(EVENTFD | UNMASK, INTX, fds=[other.fd])
+        os.eventfd_write(resample.fd, 1)
+        client.info()
+        assert event.count() == 0
+        os.eventfd_write(other.fd, 1)
+        assert event.count(5) == 1
+        client.set_irqs(EVENTFD | UNMASK, INTX)
+        os.eventfd_write(other.fd, 1)
+        client.info()
+        assert event.count() == 0
+        for wrong in ([event.fd, event.fd], [0]):
+            assert ask(bench, EVENTFD | UNMASK, INTX, fds=wrong) == errno.EINVAL
+        client.set_irqs(EVENTFD | UNMASK, INTX, fds=[other.fd])
+        bench.connection.shutdown(socket.SHUT_RDWR)
+        assert bench.ended() is None
+    assert open_fds() == before
+
+
+def test_a_client_that_takes_the_signals_of_its_eventfd_away_does_not_hold_the_session_up() -> None:
+    with serving() as bench:
+        client = bench.ready()
+        blocking = os.eventfd(0, os.EFD_CLOEXEC)
+        client.set_irqs(EVENTFD | UNMASK, INTX, fds=[blocking])
+        for _ in range(200):
+            os.eventfd_write(blocking, 1)
+            os.eventfd_read(blocking)
+        assert client.info() == (3, 9, 3)
+        os.close(blocking)
 
 
 def test_a_pulse_of_intx_while_it_is_masked_is_not_lost() -> None:
@@ -224,7 +271,7 @@ def test_DEVICE_SET_IRQS_triggers_what_the_client_chooses() -> None:
         (NONE | TRIGGER, MSIX, 0, 1, b"\1"),
         (NONE | MASK, MSIX, 0, 1, b""),
         (EVENTFD | MASK, INTX, 0, 1, b""),
-        (EVENTFD | UNMASK, INTX, 0, 1, b""),
+        (EVENTFD | UNMASK, MSIX, 0, 1, b""),
     ],
 )
 def test_DEVICE_SET_IRQS_of_what_cannot_be_is_refused(

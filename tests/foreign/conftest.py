@@ -80,7 +80,7 @@ class Serving:
         except subprocess.TimeoutExpired:
             pytest.fail(f"the server does not end; it said:\n{self.text}")
         assert code == 0, self.text
-        assert "Traceback" not in self.text, self.text
+        assert not re.search("warning|error|Traceback", self.text), self.text
         assert not list(self.folder.glob("*.sock")), self.text
 
 

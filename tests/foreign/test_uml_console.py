@@ -96,13 +96,13 @@ def test_console_output_goes_to_a_file(
     output = tmp_path / "out.txt"
     serving = serve(vdev("virtio-console", "con0", hostdev=f'">>{output}"'), "con0")
     guest = uml(
-        "stty raw </dev/hvc0; seq 20000 >/dev/hvc0; stty raw </dev/hvc0",
+        "stty raw </dev/hvc0; seq 6000 >/dev/hvc0; stty raw </dev/hvc0",
         [(serving.socket("con0"), linux.CONSOLE)],
         modules="virtio_console",
     )
     guest.wait()
     serving.stop()
-    assert output.read_text() == "".join(f"{number}\n" for number in range(1, 20001))
+    assert output.read_text() == "".join(f"{number}\n" for number in range(1, 6001))
 
 
 #: UML's kernel has no driver for entropy devices; the device is there and does no harm.

@@ -22,9 +22,11 @@ def check_eventfd(fd: int) -> None:
 class ClientEventFd:
     """One that this side only writes.
 
-    Takes a descriptor over, on failure too. Raises ValueError for one that is no eventfd. Not thread-safe. The client holds the other end, so a write must not wait for it: the counter is looked
-    at first. Whether a write would block is no property of our descriptor but of the file we share, which
-    the client may change at any time.
+    Takes a descriptor over, on failure too. Raises ValueError for one that is no eventfd. Not thread-safe.
+
+    The client holds the other end, so a write must not wait for it: the counter is looked at first. Whether
+    a write would block is no property of our descriptor but of the file we share, which the client may
+    change at any time.
     """
 
     def __init__(self, fd: int) -> None:

@@ -85,6 +85,17 @@ class NoLargeState:
             raise OSError(ctypes.get_errno(), "seccomp filter for UML")
 
 
+def memory_folder(size: int) -> dict[str, str]:
+    """Where a guest's memory of ``size`` MiB goes: a file that is executed from. A setting of TMPDIR."""
+    try:
+        shm = os.statvfs("/dev/shm")
+    except OSError:
+        return {}
+    # Containers have a small one, without execution.
+    fits = shm.f_bavail * shm.f_frsize > 2 * size << 20
+    return {"TMPDIR": "/dev/shm"} if fits and not shm.f_flag & os.ST_NOEXEC else {}
+
+
 # ---- the guest -------------------------------------------------------------------------------------
 
 
@@ -121,14 +132,12 @@ class Uml:
             *(f"virtio_uml.device={socket}:{number}" for socket, number in devices),
         ]  # fmt: skip
         large = large_state()
-        # Its memory is a file that is executed from.
-        tmpdir = {"TMPDIR": "/dev/shm"} if os.access("/dev/shm", os.W_OK) else {}
         self._process = subprocess.Popen(
             [*words, *(_NO_AVX if large else ())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **tmpdir},
+            env={**os.environ, **memory_folder(memory)},
             start_new_session=True,
             preexec_fn=NoLargeState() if large else None,
         )

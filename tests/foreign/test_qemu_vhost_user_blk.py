@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import random
 import re
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.foreign.qemu import LIMIT, Linux
+from tests.foreign.qemu_scripts import DISK_SIZE, KNOWN, ext4, in_the_image, known_sum, sound, write_and_flush
 from tests.foreign.qemu_serve import Serve
-from tests.rig.image import SBIN
 
 pytestmark = pytest.mark.guest
 
-SIZE = 128 << 20
-KNOWN = random.Random(7).randbytes(6 << 20)
 DISK = """
 [[vdev]]
 type = "virtio-blk"
@@ -28,17 +23,6 @@ name = "disk0"
 hostdev = "disk.img"
 queues = 2
 """
-
-
-def ext4(folder: Path) -> Path:
-    """``disk.img`` with a file system that holds ``known``."""
-    image, tree = folder / "disk.img", folder / "tree"
-    tree.mkdir()
-    (tree / "known").write_bytes(KNOWN)
-    image.write_bytes(b"")
-    os.truncate(image, SIZE)
-    subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-d", str(tree), str(image)], check=True, env=SBIN)
-    return image
 
 
 def attached(socket: Path, options: str = "num-queues=2") -> list[str]:
@@ -49,29 +33,12 @@ def attached(socket: Path, options: str = "num-queues=2") -> list[str]:
     ]  # fmt: skip
 
 
-def in_the_image(image: Path, name: str) -> bytes:
-    """A file of the image, read on the host."""
-    done = subprocess.run(
-        ["debugfs", "-R", f"cat /{name}", str(image)], capture_output=True, env=SBIN, check=True
-    )
-    return done.stdout
-
-
 def written(image: Path) -> None:
     """Wait until the server has written to the image."""
     before, deadline = image.stat().st_mtime_ns, time.monotonic() + LIMIT
     while image.stat().st_mtime_ns == before:
         assert time.monotonic() < deadline, "no write came"
         time.sleep(0.001)
-
-
-def sound(image: Path) -> None:
-    """e2fsck finds nothing to repair: the journal replayed first, as on any dirty mount."""
-    subprocess.run(["e2fsck", "-p", str(image)], capture_output=True, env=SBIN, check=False)
-    checked = subprocess.run(
-        ["e2fsck", "-fn", str(image)], capture_output=True, text=True, env=SBIN, check=False
-    )
-    assert checked.returncode == 0, checked.stdout
 
 
 @pytest.fixture(scope="module")
@@ -94,26 +61,13 @@ def linux(server: Serve) -> Iterator[Linux]:
     guest.close()
 
 
-def known_sum(guest: Linux) -> None:
-    """The file that was there from the start reads right, from the disk and not from a cache."""
-    said = guest.run("echo 3 > /proc/sys/vm/drop_caches; sha256sum /mnt/known")
-    assert said.split()[0] == hashlib.sha256(KNOWN).hexdigest()
-
-
 def test_linux_mounts_the_disk_and_reads_a_file_right(linux: Linux) -> None:
     known_sum(linux)
-    assert int(linux.run("cat /sys/block/vda/size")) * 512 == SIZE
+    assert int(linux.run("cat /sys/block/vda/size")) * 512 == DISK_SIZE
 
 
 def test_what_linux_has_flushed_is_in_the_image(linux: Linux, image: Path) -> None:
-    said = linux.run("""
-        head -c 3000000 /dev/urandom > /mnt/written
-        sync
-        sha256sum /mnt/written
-        cat /sys/block/vda/queue/write_cache
-    """)
-    assert "write back" in said
-    assert hashlib.sha256(in_the_image(image, "written")).hexdigest() == said.split()[0]
+    write_and_flush(linux, image)
 
 
 def test_both_queues_carry_requests(linux: Linux) -> None:
@@ -170,7 +124,7 @@ for n in 0 1 2 3; do writer $n & done
 wait
 cat /tmp/progress*
 """
-ROUNDS, START = 12, SIZE // 4096 - 64
+ROUNDS, START = 12, DISK_SIZE // 4096 - 64
 
 
 def test_a_server_killed_under_writes_and_started_again_has_every_write_once(
@@ -178,7 +132,7 @@ def test_a_server_killed_under_writes_and_started_again_has_every_write_once(
 ) -> None:
     """SIGKILL three times while four writers wait for their blocks; QEMU reconnects by itself."""
     disk = tmp_path / "disk.img"
-    disk.write_bytes(bytes(SIZE))
+    disk.write_bytes(bytes(DISK_SIZE))
     server = Serve(tmp_path, DISK, "vhost-user")
     guest = None
     try:

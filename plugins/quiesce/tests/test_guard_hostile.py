@@ -21,7 +21,7 @@ from qvm_quiesce import steps
 from qvm_quiesce.attach import attach
 from qvm_quiesce.cli import _end
 from qvm_quiesce.guard import Guard
-from qvm_quiesce.guard_main import _receive
+from qvm_quiesce.guard_main import _lingers, _receive
 from qvm_quiesce.simulated import Faults, SimulatedDevice, shared
 from qvm_quiesce.subject import Policy
 
@@ -332,3 +332,22 @@ def test_nothing_is_left_when_a_guard_cannot_be_started(state: Path, monkeypatch
     with pytest.raises(FileNotFoundError):
         Guard.start("vm", [(device, record, Policy())], state)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("State:\tS (sleeping)\nSigPnd:\t0000000000000000\nCoreDumping:\t0\n", False),
+        ("State:\tI (idle)\nSigPnd:\t0000000000000000\nCoreDumping:\t1\n", True),
+        ("State:\tZ (zombie)\nSigPnd:\t0000000000000000\n", True),
+        ("State:\tD (disk sleep)\nSigPnd:\t0000000000000100\n", True),
+        ("", False),
+    ],
+    ids=["alive", "core dump", "main thread gone", "killed in a call", "unreadable"],
+)
+def test_a_vm_that_is_dead_but_for_the_kernel_s_work_is_seen(
+    tmp_path: Path, lines: str, expected: bool
+) -> None:
+    """A core dump is written before anything of the process is given back, its lifeline included."""
+    (tmp_path / "status").write_text(lines)
+    assert _lingers(f"..{tmp_path}") is expected  # type: ignore[arg-type]  # /proc/../ and that path

@@ -8,12 +8,13 @@ from qvmcore.errors import BadDescriptorChain
 from qvmcore.memory import GuestMemory
 from qvmcore.virtio import spec
 from qvmcore.virtio.in_order import InOrderQueue
-from qvmcore.virtio.inflight import Inflight, packed_queue, split_queue
+from qvmcore.virtio.inflight import Inflight
 from qvmcore.virtio.packed import PackedQueue
 from qvmcore.virtio.position import PACKED_FRESH, packed_given
 from qvmcore.virtio.queue import Virtqueue
 from qvmcore.virtio.rings import PackedRings, SplitRings
 from qvmcore.virtio.split import SplitQueue
+from qvmcore.virtio.tracked import packed_queue, split_queue
 
 
 class QueueSetup:

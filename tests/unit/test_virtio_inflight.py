@@ -15,9 +15,10 @@ from qvmcore.types import MemorySpec
 from qvmcore.virtio import spec
 from qvmcore.virtio.chain import Chain
 from qvmcore.virtio.in_order import InOrderQueue
-from qvmcore.virtio.inflight import Taken, TrackedQueue
+from qvmcore.virtio.inflight import Taken
 from qvmcore.virtio.queue import Virtqueue
 from qvmcore.virtio.queue_setup import QueueSetup
+from qvmcore.virtio.tracked import TrackedQueue
 
 IN_ORDER, PACKED = 1 << spec.VIRTIO_F_IN_ORDER, 1 << spec.VIRTIO_F_RING_PACKED
 SIZE = 8

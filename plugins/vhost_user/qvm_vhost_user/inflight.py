@@ -11,7 +11,7 @@ everything in it is checked; afterwards it is only written, and the truth is in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from qvm_vhost_user import inflight_packed, inflight_split
 from qvmcore.api import ClientError, Descriptor, Taken
@@ -37,7 +37,13 @@ class QueueInflight:
     :meth:`recover`. Raises ClientError when it is too small. Thread: the one that serves the queue.
     """
 
-    __slots__ = ("_region",)
+    __slots__ = ("given", "giving", "recover", "take", "untake")
+
+    recover: Callable[[int, memoryview], tuple[int, Sequence[Taken]]]
+    take: Callable[[int, Sequence[Descriptor]], int]
+    untake: Callable[[int], None]
+    giving: Callable[[Sequence[int]], None]
+    given: Callable[[Sequence[int]], None]
 
     def __init__(self, view: memoryview, *, packed: bool, size: int) -> None:
         needed = _bytes(size, packed)
@@ -46,28 +52,14 @@ class QueueInflight:
                 f"in-flight memory has {len(view)} bytes for a queue of {size}, expected {needed}",
                 hint="the memory is that of GET_INFLIGHT_FD, for the largest queue",
             )
-        region = inflight_packed.PackedRegion if packed else inflight_split.SplitRegion
-        self._region: inflight_packed.PackedRegion | inflight_split.SplitRegion = region(view, size)
-
-    def recover(self, position: int, ring: memoryview) -> tuple[int, Sequence[Taken]]:
-        """See :meth:`qvmcore.api.Inflight.recover`. Raises GuestError."""
-        return self._region.recover(position, ring)
-
-    def take(self, head: int, descriptors: Sequence[Descriptor]) -> int:
-        """See :meth:`qvmcore.api.Inflight.take`."""
-        return self._region.take(head, descriptors)
-
-    def untake(self, entry: int) -> None:
-        """See :meth:`qvmcore.api.Inflight.untake`."""
-        self._region.untake(entry)
-
-    def giving(self, entries: Sequence[int]) -> None:
-        """See :meth:`qvmcore.api.Inflight.giving`."""
-        self._region.giving(entries)
-
-    def given(self, entries: Sequence[int]) -> None:
-        """See :meth:`qvmcore.api.Inflight.given`."""
-        self._region.given(entries)
+        region: inflight_packed.PackedRegion | inflight_split.SplitRegion
+        region = (inflight_packed.PackedRegion if packed else inflight_split.SplitRegion)(view, size)
+        # The region's own methods: a call for each would cost more than what most of them do.
+        self.recover = region.recover
+        self.take = region.take
+        self.untake = region.untake
+        self.giving = region.giving
+        self.given = region.given
 
 
 def _bytes(size: int, packed: bool) -> int:

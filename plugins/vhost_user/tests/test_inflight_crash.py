@@ -132,7 +132,7 @@ class Crashes(RuleBasedStateMachine):
             setup.enable(self.memory, self.features)
             account: Any = QueueInflight(self.area, packed=self.packed, size=self.size)
             names = ("_bytes", "_halves", "_words", "_quads")[: 4 if self.packed else 3]
-            fuse_cells(account._region, names, self.fuse)
+            fuse_cells(account.take.__self__, names, self.fuse)
             if self.packed:
                 fuse_cells(setup._rings, ("flags",), self.fuse)
             # The client does not know where we were.
@@ -149,6 +149,7 @@ class Crashes(RuleBasedStateMachine):
         fuse_cells(ring, names, self.fuse)
         self.queue: Virtqueue = queue
         self.held: list[tuple[Chain, Request, bytes]] = []
+        self.row: list[tuple[Chain, Request, bytes]] = []  # those popped last, as far as they may be unpopped
         self.waiting = deque(self.offered)
         self.batch = []
 
@@ -202,6 +203,7 @@ class Crashes(RuleBasedStateMachine):
             if request.readable:
                 assert chain.read(4) == data
             self.held.append((chain, request, data))
+            self.row.append(self.held[-1])
             assert self.queue.in_hand == len(self.held)
             self.queue.notify()
         except Killed:
@@ -215,14 +217,30 @@ class Crashes(RuleBasedStateMachine):
             chain = self.queue.pop()
             assert chain is not None
             self.queue.unpop(chain)
+            self.row.clear()
+        except Killed:
+            self.restart()
+
+    @rule(count=st.integers(0, 4))
+    def unpop_all(self, count: int) -> None:
+        items = self.row[len(self.row) - count :] if count <= len(self.row) else []
+        if not items:
+            return
+        self.row.clear()
+        self.held = [item for item in self.held if item not in items]
+        self.waiting.extendleft((request, data) for _, request, data in reversed(items))
+        try:
+            self.queue.unpop_all([chain for chain, _, _ in items])
         except Killed:
             self.restart()
 
     @rule(picks=st.lists(st.integers(0, 20), min_size=1, max_size=4))
     def push(self, picks: list[int]) -> None:
         batch = [self.held.pop(pick % len(self.held)) for pick in picks if self.held]
-        for chain, _, data in batch:
-            chain.write(data)
+        for item in batch:
+            item[0].write(item[2])
+            if item in self.row:
+                del self.row[: self.row.index(item) + 1]
         try:
             if len(batch) == 1:
                 self.queue.push(batch[0][0])
@@ -285,13 +303,15 @@ def life(packed: bool, size: int, features: int, seed: int, kills: list[int]) ->
     machine.begin(size, 0, features, seed % 7, seed % 2 == 1, kills)
     dice = random.Random(seed)
     for _ in range(24):
-        match dice.randrange(8):
+        match dice.randrange(9):
             case 0 | 1 | 2:
                 machine.offer(dice.randint(1, 3), dice.random() < 0.3)
             case 3 | 4:
                 machine.pop()
             case 5:
                 machine.unpop()
+            case 6:
+                machine.unpop_all(dice.randint(1, 3))
             case _:
                 machine.push([dice.randrange(20) for _ in range(dice.randint(1, 4))])
         if dice.random() < 0.2:

@@ -52,6 +52,7 @@ KNOWN = {
     "mc146818": "qvm-pc",
     "acpi-pm": "qvm-pc",
     "pass": "qvm-pass",
+    "pass-uio": "qvm-pass",
     "quiesce": "qvm-quiesce",
     "emulated": "qvm-emulator",
     "kvm": "qvm-kvm",

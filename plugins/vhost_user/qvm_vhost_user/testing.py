@@ -137,7 +137,8 @@ class Client:
         """Any bytes with any descriptors, which stay the caller's."""
         try:
             sent = socket.send_fds(self.socket, [data], list(fds)) if fds else 0
-            self.socket.sendall(data[sent:])
+            if data[sent:]:  # sending nothing fails, too, when the server has closed already
+                self.socket.sendall(data[sent:])
         except (BrokenPipeError, ConnectionResetError) as error:
             raise Closed(str(error)) from error
 

@@ -152,17 +152,20 @@ class PackedRegion:
     def take(self, head: int, descriptors: Sequence[Descriptor]) -> int:
         """See :meth:`Inflight.take`. The free heads come last: until then all this is free."""
         free, words = self._free, self._words
-        entries = [free.pop() for _ in descriptors]
-        for entry, (address, length, ident, flags) in zip(entries, descriptors, strict=True):
+        entries = []
+        for address, length, ident, flags in descriptors:
+            entry = free.pop()
+            entries.append(entry)
             words[4 * entry + 6] = ident | flags << 16 | length << 32
             words[4 * entry + 7] = address
         first, count = entries[0], len(entries)
-        following = entries[1] if count > 1 else self._head
+        rest = free[-1] if free else self._size
+        following = entries[1] if count > 1 else rest
         words[4 * first + 5] = self._counter
         self._counter += 1
-        words[4 * first + 4] = 1 | following << 16 | entries[-1] << 32 | count << 48
+        words[4 * first + 4] = 1 | following << 16 | entry << 32 | count << 48
         self._chains[first] = entries
-        self._store_free()
+        self._quads[_FREE_CELL] = rest * 0x1_0001
         return first
 
     def untake(self, entry: int) -> None:
@@ -183,15 +186,17 @@ class PackedRegion:
         """See :meth:`Inflight.given`."""
         for entry in entries:
             self._bytes[HEADER + ENTRY * entry] = 0
-        self._store_free()
+        # The last of them is the head of the free list.
+        self._quads[_FREE_CELL] = entry * 0x1_0001
         self._used = self._new_used
-        self._words[_USED_CELL] = self._used_cell()
+        place = self._place(self._used)
+        self._words[_USED_CELL] = (place & 0x7FFF) * 0x1_0001 | (place >> 15) * 0x101 << 32
 
     def _release(self, entry: int) -> int:
         """Put a chain before the free list, whose head is not stored yet; how many entries it has."""
-        entries = self._chains.pop(entry)
-        self._halves[16 * entries[-1] + 17] = self._head
-        self._free += reversed(entries)
+        entries, free = self._chains.pop(entry), self._free
+        self._halves[16 * entries[-1] + 17] = free[-1] if free else self._size
+        free += entries[::-1]
         return len(entries)
 
     @property

@@ -160,6 +160,24 @@ def test_a_paused_guest_finds_its_device_as_it_was(disk: ServedVdev[VirtioBlk], 
         assert disk.vdev.virtio.features == driver.features
 
 
+@pytest.mark.parametrize("protocol", [WITHOUT_INFLIGHT, ALL_FEATURES], ids=["", "INFLIGHT_SHMFD"])
+def test_requests_in_flight_when_a_guest_is_paused_are_answered_before_or_after(
+    disk: ServedVdev[VirtioBlk], packed: bool, protocol: int
+) -> None:
+    with disk.driver(protocol, packed=packed) as driver:
+        ring, mark = driver.queues[0], driver.ram.mark()
+        for pause in range(30):
+            requests = [ring.submit([header(IN, sector)], [512, 1]) for sector in range(32)]
+            base = driver.client.get_vring_base(0)
+            before = len(ring.reap())
+            driver._start_vring(0, base)
+            finish(driver)
+            assert [request.result() for request in requests] == [
+                content(sector) + bytes([OK]) for sector in range(32)
+            ], f"pause {pause}, {before} answered before"
+            driver.ram.release(mark)
+
+
 def test_SET_FEATURES_with_others_is_another_driver(disk: ServedVdev[VirtioBlk], packed: bool) -> None:
     with disk.driver(PROTOCOLS["UML's"], packed=packed) as driver:
         driver.client.set_config(WCE, b"\0")

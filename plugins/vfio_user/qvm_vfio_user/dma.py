@@ -129,6 +129,14 @@ class DmaMaps:
                 hint=f"QEMU does with {hints.QEMU_MEMORY}, Cloud Hypervisor with --memory shared=on",
             )
 
+    def after_reset(self) -> None:
+        """The device and its function were reset: wait until its worker has left memory, which is gone."""
+        if self._virtio is None:
+            try:
+                self._wait_for_worker()
+            except HostError as error:
+                self._served.fault(error)
+
     def end(self) -> None:
         """The client is gone. Memory the vdev reaches stays, until the core has ended the vdev."""
         maps, self._maps, self._shared = self._maps, [], False
@@ -148,19 +156,25 @@ class DmaMaps:
                 self._virtio.virtio.remap(lambda: memory.replace(regions), in_parts=True)
             elif self._reached:
                 memory.replace(regions)
-                # What its worker does now may have begun with the memory of before.
-                if not self._served.vdev.ctx.worker.without_visitor(PATIENCE):
+                try:
+                    self._wait_for_worker()
+                except HostError:
                     memory.replace(_regions(self._maps))
-                    raise HostError(f"the worker did not leave guest memory within {PATIENCE:g} s")
+                    raise
         except HostError as error:
             self._served.fault(error)
             raise Refused(errno.EBUSY, str(error)) from error
 
+    def _wait_for_worker(self) -> None:
+        """What the worker of a plain vdev does now may have begun with the memory of before."""
+        if not self._served.vdev.ctx.worker.without_visitor(PATIENCE):
+            raise HostError(f"the worker did not leave guest memory within {PATIENCE:g} s")
+
     def _chain(self, inner: Callable[[bool], None]) -> Callable[[bool], None]:
         """What to do when Bus Master changes, around what the vdev does then.
 
-        The slot's lock is held, which the vdev's worker needs for anything it does; or the vdev has just
-        been reset, and is out of memory by its contract.
+        The slot's lock is held, which the vdev's worker needs for anything it does; or it is a reset, and
+        the worker is waited for behind it.
         """
 
         def changed(master: bool) -> None:

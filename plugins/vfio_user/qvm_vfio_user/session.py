@@ -144,6 +144,7 @@ class VfioUserSession:
     def _reset(self, message: Message) -> bytes:
         self._use()
         self._served.reset()
+        self._dma.after_reset()
         self._irqs.reset()
         return b""
 

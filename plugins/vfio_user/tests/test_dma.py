@@ -297,6 +297,35 @@ def test_DMA_UNMAP_waits_for_what_the_worker_does() -> None:
         assert seen == [bytes(4)] and bench.served.memory.regions == ()
 
 
+def test_DEVICE_RESET_is_not_done_before_the_worker_has_left_memory() -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    class Slow(Probe):
+        def mmio_write(self, window: int, offset: int, size: int, value: int) -> None:
+            self.ctx.worker.call(self.work)
+
+        def on_reset(self) -> None:
+            # Its worker begins something that nobody asked for any more.
+            self.ctx.worker.call(self.work)
+            self.ctx.worker.call(lambda: None)
+
+        def work(self) -> None:
+            entered.set()
+            leave.wait(5)
+
+    with serving(Slow) as bench:
+        bench.ready()
+        bench.client.write(0, 0, 4, 1)
+        assert entered.wait(5)
+        bench.client.post(Command.RESET)
+        bench.client.socket.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            bench.client.receive()
+        leave.set()
+        bench.client.socket.settimeout(5)
+        assert not bench.client.receive().refused
+
+
 def test_DMA_UNMAP_is_refused_when_the_worker_does_not_come_and_the_memory_stays() -> None:
     entered, leave = threading.Event(), threading.Event()
 

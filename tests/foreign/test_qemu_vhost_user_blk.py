@@ -127,8 +127,9 @@ cat /tmp/progress*
 ROUNDS, START = 12, DISK_SIZE // 4096 - 64
 
 
+@pytest.mark.parametrize("rings", ["packed=off", "packed=on"])
 def test_a_server_killed_under_writes_and_started_again_has_every_write_once(
-    tmp_path: Path,
+    tmp_path: Path, rings: str
 ) -> None:
     """SIGKILL three times while four writers wait for their blocks; QEMU reconnects by itself."""
     disk = tmp_path / "disk.img"
@@ -136,7 +137,7 @@ def test_a_server_killed_under_writes_and_started_again_has_every_write_once(
     server = Serve(tmp_path, DISK, "vhost-user")
     guest = None
     try:
-        guest = Linux(attached(server.socket("disk0")), cpus=2)
+        guest = Linux(attached(server.socket("disk0"), f"num-queues=2,{rings}"), cpus=2)
         number = guest.begin(WRITERS % {"rounds": ROUNDS, "start": START})
         for _ in range(3):
             written(disk)

@@ -30,4 +30,4 @@ class VhostUserServer:
     def attach_lines(self, vdev: Vdev, path: Path) -> Sequence[tuple[str, str]]:
         """See Server."""
         assert isinstance(vdev, VirtioVdev)
-        return hints.attach_lines(vdev.device_id, vdev.queue_sizes, vdev.ctx.name, path)
+        return hints.attach_lines(vdev.device_id, vdev.queue_sizes, vdev.ctx.name, path, vdev.config_space())

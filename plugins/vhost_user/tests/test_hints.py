@@ -16,12 +16,14 @@ from session_kit import ServedVdev
 from qvmcore.api import Vdev
 
 CONSOLE = 3
+CONFIG = bytes.fromhex("021c05000001 0001 0100")
+MAC = "mac=02:1c:05:00:00:01"
 SOCKET = Path("/run/qvm/dev.sock")
 SHARED = "-m 512M -object memory-backend-memfd,id=mem,size=512M,share=on -machine memory-backend=mem"
 
 
 def lines(device_id: int, *sizes: int, path: Path = SOCKET) -> dict[str, str]:
-    return dict(attach_lines(device_id, sizes, "dev", path))
+    return dict(attach_lines(device_id, sizes, "dev", path, CONFIG))
 
 
 @pytest.mark.parametrize(
@@ -34,13 +36,13 @@ def lines(device_id: int, *sizes: int, path: Path = SOCKET) -> dict[str, str]:
             NET,
             (256, 256, 64),
             "-netdev vhost-user,id=dev-net,chardev=dev "
-            "-device virtio-net-pci,netdev=dev-net,disable-legacy=on",
+            "-device virtio-net-pci,netdev=dev-net,disable-legacy=on," + MAC,
         ),
         (
             NET,
             (256,) * 4 + (64,),
             "-netdev vhost-user,id=dev-net,chardev=dev,queues=2 "
-            "-device virtio-net-pci,netdev=dev-net,disable-legacy=on,mq=on",
+            "-device virtio-net-pci,netdev=dev-net,disable-legacy=on," + MAC + ",mq=on",
         ),
     ],
 )
@@ -62,7 +64,7 @@ def test_cloud_hypervisor_has_shared_memory_and_an_option_by_type() -> None:
     common = "vhost_user=true,socket=/run/qvm/dev.sock"
     assert lines(BLOCK, 128)["Cloud Hypervisor"] == f"{memory} --disk {common},num_queues=1,queue_size=128"
     net = lines(NET, 256, 256, 64)["Cloud Hypervisor"]
-    assert net == f"{memory} --net {common},num_queues=2,queue_size=256"
+    assert net == f"{memory} --net {common},num_queues=2,queue_size=256,{MAC}"
     console = lines(CONSOLE, 64, 32)["Cloud Hypervisor, from 52 on"]
     assert shlex.split(console)[-2:] == [
         "--generic-vhost-user",

@@ -145,7 +145,7 @@ def test_fio_finds_every_block_as_it_wrote_it(disk: Disk, uml: Callable[..., lin
             f"fio --name=v{number} --filename=/dev/vda --direct=1 --ioengine=libaio --rw=randrw "
             f"--verify=crc32c --verify_fatal=1 --do_verify=1 --iodepth={depth} "
             f"--bsrange={smallest}-{largest} --offset={number * 16}M --size=16M --io_size=6M "
-            f"--randseed={number} --fallocate=none "
+            f"--randseed={number} --fallocate=none --eta=never "
             f"--iodepth_batch_submit={chosen.randint(1, depth)} --output=/run/fio.txt --output-format=terse "
             "|| { cat /run/fio.txt; false; }; echo verified $(cut -d';' -f6,47 /run/fio.txt)"
         )

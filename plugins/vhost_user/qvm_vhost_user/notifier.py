@@ -2,13 +2,16 @@
 
 Whatever else a client sends could block us, or be ready for ever; so could a socket that we read from. They
 are made non-blocking, which for an eventfd is so on the client's side, too: there it matters only to a
-writer that finds 2**64 - 2 wake-ups.
+writer that finds 2**64 - 2 wake-ups. The client could take that back, and hold a thread of ours in a read or
+a write: pipes are opened anew, sockets are told with every byte not to wait, and out of an eventfd whoever
+waits is let go (:meth:`Notifier.release`, :func:`release_reader`).
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import select
 import socket
 import stat
 import threading
@@ -19,6 +22,8 @@ from qvmcore.api import ClientError
 
 _ONE = (1).to_bytes(8, "little")
 _EVENTFD = "anon_inode:[eventfd]"
+#: Seconds after which a thread that signals is taken to wait.
+_PATIENCE = 0.05
 
 
 def is_unix_stream(number: int) -> bool:
@@ -48,31 +53,90 @@ def check(fd: Fd, what: str, *, writes: bool) -> None:
         if flags & os.O_ACCMODE not in (os.O_RDWR, os.O_WRONLY if writes else os.O_RDONLY):
             raise ClientError(f"{what} cannot be {'written' if writes else 'read'}")
         fcntl.fcntl(number, fcntl.F_SETFL, flags | os.O_NONBLOCK)
+        if stat.S_ISFIFO(mode):
+            _open_anew(fd, writes)
     except OSError as error:
         raise ClientError(f"{what} cannot be used: {error.strerror}") from error
 
 
-class Notifier:
-    """Where we signal the client: a call or an error descriptor, or none. Any thread."""
+def _open_anew(fd: Fd, writes: bool) -> None:
+    """The same pipe with flags of our own."""
+    mode = os.O_WRONLY if writes else os.O_RDONLY
+    try:
+        anew = os.open(f"/proc/self/fd/{fd.number}", mode | os.O_NONBLOCK | os.O_CLOEXEC)
+    except PermissionError:
+        # Another user's. It has to be trusted that far.
+        return
+    os.dup2(anew, fd.number, inheritable=False)
+    os.close(anew)
 
-    def __init__(self) -> None:
+
+def release_reader(number: int) -> None:
+    """Let go a thread that waits for a wake-up of an eventfd which the client made blocking again."""
+    try:
+        os.set_blocking(number, False)
+        os.write(number, _ONE)
+    except OSError:
+        # Full, so nobody waits; or a pipe, which is our own.
+        pass
+
+
+class Notifier:
+    """Where we signal the client: a call or an error descriptor, or none. Any thread.
+
+    ``rarely``: look first whether there is room. For what is signalled by the session's thread, which
+    nobody could let go.
+    """
+
+    def __init__(self, *, rarely: bool = False) -> None:
         self._fd: Fd | None = None
         self._number = -1
+        self._stream: socket.socket | None = None
+        self._rarely = rarely
         self._lock = threading.Lock()
 
     def set(self, fd: Fd | None) -> None:
         """Signal through another descriptor from now on; the old one is closed."""
-        with self._lock:
+        stream = None
+        if fd is not None and stat.S_ISSOCK(os.fstat(fd.number).st_mode):
+            stream = socket.socket(fileno=fd.take())
+            fd = None
+        self._acquire()
+        try:
             old, self._fd = self._fd, fd
+            old_stream, self._stream = self._stream, stream
             self._number = -1 if fd is None else fd.number
-        if old is not None:
-            old.close()
+        finally:
+            self._lock.release()
+        for each in (old, old_stream):
+            if each is not None:
+                each.close()
+
+    def release(self) -> None:
+        """Let go a thread that waits in :meth:`signal`. The client, which is leaving, may miss wake-ups."""
+        self._acquire()
+        self._lock.release()
+
+    def _acquire(self) -> None:
+        while not self._lock.acquire(timeout=_PATIENCE):
+            # An eventfd full of wake-ups, blocking again: taking them makes room for the one that waits.
+            try:
+                os.set_blocking(self._number, False)
+                os.read(self._number, 8)
+            except OSError:
+                pass
 
     def signal(self) -> None:
         """One wake-up; nothing without a descriptor, or when nobody reads."""
         # The lock keeps a late signal from reaching whatever got the closed descriptor's number.
         with self._lock:
-            if self._number >= 0:
+            if self._stream is not None:
+                try:
+                    self._stream.send(_ONE, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                except OSError:
+                    # Full, or the other end has gone: as below.
+                    pass
+            elif self._number >= 0 and (not self._rarely or _has_room(self._number)):
                 try:
                     os.write(self._number, _ONE)
                 except BlockingIOError:
@@ -81,3 +145,9 @@ class Notifier:
                 except OSError:
                     # A pipe whose other end has gone; the connection will end, too.
                     self._number = -1
+
+
+def _has_room(number: int) -> bool:
+    poll = select.poll()
+    poll.register(number, select.POLLOUT)
+    return bool(poll.poll(0))

@@ -131,6 +131,7 @@ class VhostUserSession:
     def _leave(self, messages: Messages) -> None:
         """The client has gone, or is made to go: nothing of it is used any more."""
         try:
+            messages.rings.release()
             messages.rings.stop_all(LEAVE_TIMEOUT)
         except QvmError as error:
             # The vdev has been reported as faulty by then; its memory stays mapped.

@@ -43,7 +43,7 @@ class Vring:
         self.running = False
         self.kick: Fd | None = None
         self.calls = Notifier()
-        self.errors = Notifier()
+        self.errors = Notifier(rarely=True)
 
     @property
     def complete(self) -> bool:
@@ -223,6 +223,13 @@ class Vrings:
         self.silence()
         for ring in self._rings:
             ring.position = None
+
+    def release(self) -> None:
+        """Let go every thread that a client keeps waiting at a descriptor of its own; it is leaving."""
+        for ring in self._rings:
+            ring.calls.release()
+            if ring.running and ring.kick is not None:
+                notifier.release_reader(ring.kick.number)
 
     def fail(self) -> None:
         """Tell the client that the device is broken, for every ring; any thread."""

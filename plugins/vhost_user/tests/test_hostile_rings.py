@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import socket
 import tempfile
+import time
 from collections.abc import Callable
 
 import pytest
@@ -500,3 +502,34 @@ def test_addresses_that_only_the_log_would_use(target: Target, fds: list[int]) -
         row = ADDRESS.pack(0, 1, START, START + 0x2000, START + 0x1000, 0xFFFF_FFFF_FFFF_F000)
         client.send(Request.SET_VRING_ADDR, row, flags=VERSION | NEED_REPLY)
         assert verdict(client) in ("refused", "closed", "accepted")
+
+
+def test_a_call_that_is_made_blocking_again_when_it_is_full(target: Target) -> None:
+    """Its flags are shared, so the client can take back what the server did to be safe."""
+    with target.driver() as driver:
+        driver.start()
+        call = driver._vrings[0].call
+        driver.wait(0, 0.5)
+        os.set_blocking(call, True)
+        os.eventfd_write(call, (1 << 64) - 2)
+        driver.queues[0].submit([header(IN, 1)], [512, 1])
+        target.witnessed()
+        time.sleep(0.1)
+
+
+def test_a_kick_that_is_made_blocking_again(target: Target) -> None:
+    """And is emptied before the server comes to read it."""
+    with target.driver() as driver:
+        driver.start()
+        kick = driver._vrings[0].kick
+        os.set_blocking(kick, True)
+        for _ in range(2000):
+            os.eventfd_write(kick, 1)
+            if select.select([kick], [], [], 0)[0]:
+                os.set_blocking(kick, False)
+                try:
+                    os.eventfd_read(kick)
+                except BlockingIOError:
+                    pass
+                os.set_blocking(kick, True)
+        target.witnessed()

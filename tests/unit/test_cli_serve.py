@@ -205,6 +205,7 @@ def test_a_signal_ends_it_with_clients_connected(start: Start, tmp_path: Path, n
     serving = start("serve", "lamps.toml", "--lines", "dir").serving("right")
     with serving.client("left") as busy, serving.client("right") as idle:
         assert ask(busy, b"on") == b"left: on\n"
+        assert ask(idle, b"off") == b"right: off\n"
         assert serving.end(signal.Signals[number]) == 0
         assert busy.recv(1) == idle.recv(1) == b""
     assert list((tmp_path / "dir").iterdir()) == []

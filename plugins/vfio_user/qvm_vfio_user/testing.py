@@ -137,8 +137,7 @@ class Client:
         """A connection to the socket at ``path``. Raises OSError."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            connection.settimeout(patience)
-            connection.connect(str(path))
+            connection.connect(str(path))  # waits while too many others do, which one with a timeout does not
         except OSError:
             connection.close()
             raise

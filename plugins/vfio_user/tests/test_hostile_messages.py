@@ -7,7 +7,8 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from itertools import count
 from typing import Any
 
 import pytest
@@ -246,6 +247,16 @@ def test_a_client_that_says_nothing_harms_nobody_else(serving: Serving) -> None:
         serving.check_alive()
 
 
+def test_300_clients_at_one_socket(serving: Serving) -> None:
+    """One is served, the others are turned away or find the door shut; none of them waits for ever."""
+    with Guest(serving, TARGET) as guest, ExitStack() as stack:
+        crowd = [stack.enter_context(serving.client(TARGET)) for _ in range(300)]
+        for client in crowd:
+            with pytest.raises((Gone, ConnectionError)):
+                client.version()
+        assert guest.device.read(0, 2) == VIRTIO
+
+
 def test_the_end_does_not_wait_for_a_client_that_does_not_listen(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
@@ -347,12 +358,11 @@ def test_maps_of_enormous_files_leave_room_for_other_clients(serving: Serving) -
         os.ftruncate(fd, 1 << 46)
         with serving.client("net0") as client:
             client.version()
-            for number, shift in enumerate(range(46, 15, -1)):
-                for again in range(2):
-                    try:
-                        client.dma_map((2 * number + again) << 47, 1 << shift, fd)
-                    except Refused:
-                        break
+            addresses = count(0, 1 << 47)
+            for shift in range(46, 15, -1):
+                with suppress(Refused):
+                    for address in addresses:
+                        client.dma_map(address, 1 << shift, fd)
             serving.check_alive()
             with Guest(serving, TARGET) as guest:
                 driver = guest.driver()

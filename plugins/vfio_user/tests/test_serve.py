@@ -150,6 +150,24 @@ def test_a_second_client_is_turned_away_and_the_first_goes_on(serving: Serving) 
     assert "disk0: a second client was turned away; one is connected already" in serving.log
 
 
+def test_a_vdev_that_cannot_be_had_again_turns_clients_away_until_it_can(serving: Serving) -> None:
+    """Its image was removed while its last client used it."""
+    image = serving.folder / "disk.img"
+    with Guest(serving, "disk0"):
+        image.rename(serving.folder / "away")
+    serving.wait(lambda: "disk0: cannot be served: cannot open" in serving.log, "no message")
+    for _ in range(3):
+        with serving.client("disk0") as client, pytest.raises(Gone):
+            client.version()
+    serving.check_alive()
+    image.with_name("away").rename(image)
+    with Guest(serving, "disk0") as guest:
+        driver = guest.driver()
+        driver.start()
+        request = driver.queues[0].submit([header(IN, 4)], [512, 1])
+        assert guest.reap(driver.queues[0]) == [request] and request.result()[:512] == sector(4)
+
+
 def test_a_reset_in_the_middle_of_io_leaves_a_working_disk(serving: Serving) -> None:
     with Guest(serving, "disk0") as guest:
         for _ in range(10):

@@ -10,6 +10,7 @@ of a guest elsewhere (``qvm serve``) come and go, while nobody serves a queue.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 from collections.abc import Iterable, Sequence
@@ -27,8 +28,10 @@ class MemoryRegion:
 
     def __init__(self, spec: MemorySpec) -> None:
         try:
-            fd = os.memfd_create(f"qvm-ram-{spec.start:x}", os.MFD_CLOEXEC)
+            fd = os.memfd_create(f"qvm-ram-{spec.start:x}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(fd, spec.size)
+            # Whoever else gets it cannot take its pages away from under us.
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         except (OSError, OverflowError) as error:
             raise _unmappable(spec.size, error) from error
         self._map_file(spec, fd, 0, writable=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qvmcore.bus import AddressSpace, all_ones
 from qvmcore.errors import GuestMemoryError, HostError
-from qvmcore.memory import GuestMemory
+from qvmcore.memory import GuestMemory, MemoryRegion
 from qvmcore.types import MemorySpec, MmioHandler, Window
 
 
@@ -145,3 +147,10 @@ def test_memory_stays_usable_for_a_view_that_outlives_close() -> None:
     view = memory.view(0, 4)
     memory.close()
     view[:] = b"late"  # a worker that could not be stopped; must not crash the process
+
+
+def test_nobody_who_shares_the_memory_can_make_it_shorter() -> None:
+    region = MemoryRegion(MemorySpec(0, 0x2000))
+    with pytest.raises(PermissionError):
+        os.ftruncate(region.fd, 0x1000)
+    region.close()

@@ -34,12 +34,13 @@ Answer = tuple[bytes, int] | None
 
 PROTOCOL_FEATURES: Final = sum(feature.mask for feature in ProtocolFeature)
 
+#: Refused messages of one client that are logged: it can send as many as it likes.
+REFUSALS_LOGGED = 20
+
 _OWN = 1 << F_PROTOCOL_FEATURES
 #: The control queue of a network card, and what needs it: receive modes, VLANs, announcements, pairs, MAC.
 _NET_CTRL_VQ = 1 << 17
 _NEED_NET_CTRL_VQ = 1 << 18 | 1 << 19 | 1 << 21 | 1 << 22 | 1 << 23
-#: Flag of SET_CONFIG: the front-end writes for the guest, or restores a migrated device.
-_CONFIG_FLAGS = (0, 1)
 
 
 class Messages:
@@ -51,6 +52,7 @@ class Messages:
         self._state = vdev.virtio
         self._channel = channel
         self._protocol = 0
+        self._refusals = 0
         self._memory = MemoryTable(served.memory, self._state.remap)
         self._buffer: InflightBuffer | None = None
         self.rings = Vrings(vdev, self._memory.guest_address, self._inflight)
@@ -67,6 +69,15 @@ class Messages:
         if message.request in CHANGING:
             self._served.used = True
         return self._methods[message.request](message)
+
+    def refused(self, request: Request, error: GuestError) -> None:
+        """Log what a guest, or its client, did wrong."""
+        self._refusals += 1
+        if self._refusals <= REFUSALS_LOGGED:
+            # The text: whoever keeps the record would keep the memory that the error's traceback holds.
+            self._served.log.warning("%s refused: %s", request.name, str(error))
+        if self._refusals == REFUSALS_LOGGED:
+            self._served.log.warning("further refusals to this client are not logged")
 
     def close(self) -> None:
         """Close all descriptors but those of the memory."""
@@ -94,7 +105,9 @@ class Messages:
         state.negotiate(features)
         if not value & _OWN:
             self.rings.enable_all()
-        self.rings.settle_all()
+        for error in self.rings.settle_all():
+            # The features are in force.
+            self.refused(message.request, error)
         return None
 
     def _complete(self, features: int) -> int:
@@ -224,7 +237,8 @@ class Messages:
 
     def _set_config(self, message: Message) -> Answer:
         offset, size, flags = _config(message)
-        if flags not in _CONFIG_FLAGS:
+        # It writes for the guest, or restores a device that has migrated.
+        if flags > 1:
             raise ClientError(f"SET_CONFIG has flags {flags:#x}, expected 0 or 1")
         if not size or offset + size > self._state.config.length:
             length = self._state.config.length

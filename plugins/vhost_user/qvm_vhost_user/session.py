@@ -29,10 +29,6 @@ from qvmcore.api import ClientError, GuestError, QvmError, Served, VirtioVdev
 WITHHELD = 1 << F_RING_RESET | 1 << F_IN_ORDER
 
 
-#: Refused messages that are logged for one life: a client can send as many as it likes.
-REFUSALS_LOGGED = 20
-
-
 class VhostUserSession:
     """A Session of qvm serve, and the Transport of its vdev."""
 
@@ -43,7 +39,6 @@ class VhostUserSession:
         self._rings: Vrings | None = None
         self._channel: BackendChannel | None = None
         self._untold = False  # the configuration changed while no ring ran
-        self._refusals = 0
         self._vdev.virtio.attach(self, fast_doorbells=True, withheld=WITHHELD)
 
     def serve(self, connection: socket.socket) -> None:
@@ -108,7 +103,7 @@ class VhostUserSession:
             if request is Request.SET_FEATURES and not acknowledged:
                 # It would go on with features that are not in force.
                 raise ClientError(f"its features are refused: {error}") from error
-            self._refused(request, error)
+            messages.refused(request, error)
         except ClientError:
             raise
         except QvmError as error:
@@ -119,14 +114,6 @@ class VhostUserSession:
             if request in ANSWERED:
                 raise ClientError(f"{request.name} has no answer: the device failed") from error
         return None, True
-
-    def _refused(self, request: Request, error: GuestError) -> None:
-        self._refusals += 1
-        if self._refusals <= REFUSALS_LOGGED:
-            # The text: whoever keeps the record would keep the memory that the error's traceback holds.
-            self._served.log.warning("%s refused: %s", request.name, str(error))
-        if self._refusals == REFUSALS_LOGGED:
-            self._served.log.warning("further refusals to this client are not logged")
 
     def _leave(self, messages: Messages) -> None:
         """The client has gone, or is made to go: nothing of it is used any more."""

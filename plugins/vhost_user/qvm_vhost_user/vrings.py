@@ -77,7 +77,6 @@ class Vrings:
         inflight: Callable[[int, int], Any],
     ) -> None:
         self._state = vdev.virtio
-        self._log = vdev.ctx.log
         self._translate = translate
         self._inflight = inflight
         self._rings = tuple(Vring(index) for index in range(len(vdev.queue_sizes)))
@@ -166,7 +165,7 @@ class Vrings:
             return
         assert ring.addresses is not None and ring.kick is not None
         try:
-            desc, driver, device = map(self._translate, ring.addresses)
+            desc, driver, device = self._guest_addresses(ring.index, ring.addresses)
             self._state.start_queue(
                 ring.index,
                 ring.size,
@@ -182,16 +181,21 @@ class Vrings:
             raise
         ring.running = True
 
-    def settle_all(self) -> None:
-        """As :meth:`settle`, for every ring; one that cannot start does not keep the others from it."""
-        first: GuestError | None = None
+    def _guest_addresses(self, index: int, addresses: Addresses) -> Addresses:
+        try:
+            return Addresses(*map(self._translate, addresses))
+        except GuestError as error:
+            raise GuestError(f"queue {index}: {error}") from error
+
+    def settle_all(self) -> Sequence[GuestError]:
+        """As :meth:`settle`, for every ring; the errors of those that cannot start."""
+        errors = []
         for ring in self._rings:
             try:
                 self.settle(ring)
             except GuestError as error:
-                first = first or error
-        if first is not None:
-            raise first
+                errors.append(error)
+        return errors
 
     def stop(self, ring: Vring, timeout: float = STOP_TIMEOUT) -> None:
         """Stop it, and remember where it stands; after this nothing touches it."""

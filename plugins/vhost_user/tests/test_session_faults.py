@@ -154,7 +154,9 @@ def test_a_broken_ring_is_signalled_and_the_next_driver_mends_it(rng: ServedVdev
     assert rng.ctx.faults == []
 
 
-def test_rings_before_SET_FEATURES_or_SET_MEM_TABLE_are_refused(rng: ServedVdev[VirtioEntropy]) -> None:
+def test_rings_before_SET_FEATURES_or_SET_MEM_TABLE_are_refused(
+    rng: ServedVdev[VirtioEntropy], caplog: pytest.LogCaptureFixture
+) -> None:
     with rng.connect() as client:
         client.negotiate()
         event = os.eventfd(0)
@@ -164,9 +166,13 @@ def test_rings_before_SET_FEATURES_or_SET_MEM_TABLE_are_refused(rng: ServedVdev[
         os.close(event)
         with pytest.raises(Refused):
             client.set_vring(Request.SET_VRING_ENABLE, 0, 1)
-        with pytest.raises(Refused):
-            client.tell(Request.SET_FEATURES, U64.pack(VERSION_1 | OWN))
+        client.tell(Request.SET_FEATURES, U64.pack(VERSION_1 | OWN))
+        assert rng.vdev.virtio.features == VERSION_1, "these are in force all the same"
         assert client.get_vring_base(0) == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        "SET_VRING_ENABLE refused: queue 0: client address 0x0 is in no region of the memory table",
+        "SET_FEATURES refused: queue 0: client address 0x0 is in no region of the memory table",
+    ]
 
 
 def test_refusals_without_end_do_not_fill_the_log(

@@ -106,8 +106,7 @@ class Messages:
         if not value & _OWN:
             self.rings.enable_all()
         for error in self.rings.settle_all():
-            # The features are in force.
-            self.refused(message.request, error)
+            self.refused(message.request, error)  # the features are in force
         return None
 
     def _complete(self, features: int) -> int:
@@ -259,8 +258,7 @@ class Messages:
         return buffer.describe(len(message.payload)), buffer.fd
 
     def _set_inflight_fd(self, message: Message) -> Answer:
-        queues = len(self._vdev.queue_sizes)
-        self._keep(InflightBuffer.adopt(message.payload, message.fds[0], queues))
+        self._keep(InflightBuffer.adopt(message.payload, message.fds[0], len(self._vdev.queue_sizes)))
         return None
 
     def _keep(self, buffer: InflightBuffer) -> None:

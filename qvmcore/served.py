@@ -154,7 +154,7 @@ class ServedLife:
         return quiet
 
     def _unmap(self) -> None:
-        """The client may be a guest of many gigabytes: nothing of it stays, not in a cycle of garbage either."""
+        """The client may be a guest of many gigabytes: nothing of it stays, in a cycle of garbage neither."""
         if not self._memory.close():
             gc.collect()
             if not self._memory.close():

@@ -123,7 +123,7 @@ class Target:
         self.witnessed()
         self.clean()
         said = self.serve.log[mark:]
-        assert "Traceback" not in said and " ERROR " not in said, said
+        assert "Traceback" not in said and "qvm: error: " not in said, said
 
     def revive(self) -> None:
         """Start it again when an attack was too much for it, so that the others can be tried."""

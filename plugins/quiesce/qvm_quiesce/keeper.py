@@ -13,6 +13,7 @@ import os
 import socket
 import struct
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -39,7 +40,8 @@ def serve(kept: Iterable[Hardware]) -> NoReturn:
             try:
                 channel, _ = listener.accept()
             except OSError:
-                continue  # whoever it was is gone
+                time.sleep(0.1)  # whoever it was is gone, or this process has no descriptor left
+                continue
             with channel:
                 _answer(channel, by_name)
 
@@ -50,13 +52,14 @@ def _answer(channel: socket.socket, kept: dict[str, Hardware]) -> None:
         name = channel.recv(_MESSAGE).decode()
         if _peer(channel)[1] not in (os.geteuid(), 0):
             return
-        handover = kept[name].handover()
-        text = json.dumps(handover._replace(fds=())._asdict()).encode()
-        socket.send_fds(channel, [text], handover.fds)
+        try:
+            handover = kept[name].handover()
+            answer, fds = handover._replace(fds=())._asdict(), handover.fds
+        except HardwareError as error:
+            answer, fds = {"error": str(error)}, ()
+        socket.send_fds(channel, [json.dumps(answer).encode()], fds)
     except (OSError, ValueError, KeyError):
         pass  # the end of the channel says it
-    except HardwareError as error:
-        channel.send(json.dumps({"error": str(error)}).encode())
 
 
 def ask(pid: int, device: str) -> Hardware:

@@ -24,7 +24,7 @@ from qvm_quiesce.clock import RealClock
 from qvm_quiesce.evidence import DeviceEvidence, Evidence, Verdict
 from qvm_quiesce.guard import Guard
 from qvm_quiesce.hardware import HardwareError
-from qvm_quiesce.keeper import KeeperError, _address, ask
+from qvm_quiesce.keeper import KeeperError, _address, _adopt, _answer, ask
 from qvm_quiesce.simulated import Faults, SimulatedDevice, shared
 from qvm_quiesce.subject import Policy
 
@@ -152,6 +152,18 @@ def test_a_keeper_gives_only_what_it_holds_and_lives_on(state: Path, keeper: Any
     assert len(os.listdir("/proc/self/fd")) > before
     with pytest.raises(KeeperError, match="Connection refused"):
         ask(os.getpid(), NAME)
+
+
+def test_a_device_that_its_keeper_cannot_hand_over_is_told() -> None:
+    """Of a platform device nothing is held."""
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, SEQPACKET)
+    with ours, theirs:
+        for _ in range(2):  # and goes on
+            ours.send(NAME.encode())
+            _answer(theirs, {NAME: SimulatedDevice(NAME)})
+            with pytest.raises(KeeperError, match="was not made by shared"):
+                _adopt(ours.recv(4096), [])
 
 
 def test_nobody_else_can_answer_for_a_keeper(state: Path) -> None:

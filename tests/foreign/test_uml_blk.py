@@ -164,13 +164,16 @@ def test_the_guest_reads_what_the_image_holds_and_gives_back_what_it_discards(
     script = "md5sum </dev/vda; blkdiscard -o 16M -l 32M /dev/vda"
     text = uml(script, [(socket, linux.BLK)], modules="virtio_blk").wait()
     assert hashlib.md5(before).hexdigest() in text
-    assert image.stat().st_blocks == blocks - (32 << 11)
+    # In 512 bytes; the host's file system may need some more for a file that lies in many pieces.
+    assert abs(blocks - (32 << 11) - image.stat().st_blocks) < 1024
     assert image.read_bytes() == before[: 16 << 20] + bytes(32 << 20) + before[48 << 20 :]
 
 
 # ---- what only a qvm disk is asked -----------------------------------------------------------------
 
 OURS = pytest.mark.parametrize("disk", ["packed"], indirect=True)
+#: Where the kind of the rings plays no part.
+BOTH = pytest.mark.parametrize("disk", ["packed", "oracle"], indirect=True)
 
 
 @OURS
@@ -267,6 +270,7 @@ def test_after_kill_9_in_mid_write_the_next_guest_has_all_that_was_safe(
     fsck(image)
 
 
+@BOTH
 def test_a_reboot_of_the_guest_is_a_client_that_comes_back(
     disk: Disk, uml: Callable[..., linux.Uml], image: Path
 ) -> None:
@@ -285,6 +289,7 @@ def test_a_reboot_of_the_guest_is_a_client_that_comes_back(
     assert image.read_bytes()[:6] == b"before"
 
 
+@BOTH
 def test_a_guest_whose_server_is_killed_loses_the_disk_and_lives(
     disk: Disk, uml: Callable[..., linux.Uml], image: Path
 ) -> None:

@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from qvm_vhost_user.protocol import NEED_REPLY, U64, VERSION, Request
-from qvm_vhost_user.testing import Client, Closed, Region
+from qvm_vhost_user.testing import Client, Closed, Refused, Region
 from qvm_vhost_user.testing_driver import USER, VhostUserDriver
 from qvm_virtio_blk.testing import IN, OK, header
 
@@ -197,3 +198,40 @@ def rejected(
 def name(request: int) -> str:
     """Of a request."""
     return Request(request).name if request in set(Request) else str(request)
+
+
+# ---- rings, message by message -------------------------------------------------------------------
+
+#: Where the memory is for the client.
+START, END = RAM[0].start + USER, RAM[0].end + USER
+PACKED = 1 << 34
+
+
+def mapped(target: Target, features: int = 1 << 32) -> Client:
+    """A client whose memory is known."""
+    client = target.client()
+    client.negotiate()
+    client.tell(Request.SET_FEATURES, U64.pack(features | 1 << 30))
+    client.set_mem_table([target.region()])
+    return client
+
+
+def ring_up(client: Client, fds: list[int], *, number: int = 16, position: int = 0, kick: int = -1) -> None:
+    """Start ring 0 at the begin of memory; raises when any step of it is refused."""
+    if kick < 0:
+        kick = os.eventfd(0, os.EFD_NONBLOCK)
+        fds.append(kick)
+    client.set_vring(Request.SET_VRING_NUM, 0, number)
+    client.set_vring(Request.SET_VRING_BASE, 0, position)
+    client.set_vring_addr(0, START, START + 0x2000, START + 0x1000)
+    client.set_vring_fd(Request.SET_VRING_CALL, 0, None)
+    client.set_vring_fd(Request.SET_VRING_KICK, 0, kick)
+    client.set_vring(Request.SET_VRING_ENABLE, 0, 1)
+
+
+def fails(target: Target, start: Callable[[], object]) -> None:
+    """A step of it is refused, or ends the connection, and the log says why."""
+    mark = len(target.serve.log)
+    with pytest.raises((Refused, Closed)):
+        start()
+    target.said(r"disk: .{10}", mark)

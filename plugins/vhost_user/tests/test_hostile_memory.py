@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import tempfile
 from collections.abc import Callable, Sequence
 
 import pytest
 from hostile_kit import Target, rejected, verdict
+from odd_files import event, folder, null, opath, pipe, unix
 from qvm_vhost_user.protocol import NEED_REPLY, TABLE, U64, VERSION, Request
 from qvm_vhost_user.testing import Client, Closed, Region
 from qvm_vhost_user.testing_driver import USER
@@ -118,40 +118,6 @@ def test_unaligned_regions_are_harmless(
     with greeted(target) as client:
         client.send(Request.SET_MEM_TABLE, table([region]), [region.fd], flags=VERSION | NEED_REPLY)
         assert verdict(client) in ("accepted", "refused", "closed")
-
-
-def folder(fds: list[int]) -> int:
-    """A directory."""
-    return os.open(tempfile.gettempdir(), os.O_RDONLY)
-
-
-def null(fds: list[int]) -> int:
-    """A character device."""
-    return os.open(os.devnull, os.O_RDWR)
-
-
-def pipe(fds: list[int]) -> int:
-    """The reading end."""
-    reader, writer = os.pipe()
-    fds.append(writer)
-    return reader
-
-
-def unix(fds: list[int]) -> int:
-    """A socket."""
-    one, other = socket.socketpair()
-    fds.append(other.detach())
-    return one.detach()
-
-
-def event(fds: list[int]) -> int:
-    """An eventfd."""
-    return os.eventfd(0)
-
-
-def opath(fds: list[int]) -> int:
-    """A name, no file."""
-    return os.open(tempfile.gettempdir(), os.O_PATH)
 
 
 def read_only(fds: list[int]) -> int:

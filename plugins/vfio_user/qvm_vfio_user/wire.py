@@ -225,5 +225,7 @@ def _complaint(command: int, shape: Shape, length: int, flags: int) -> str:
         return f"a reply to {name}, which was not asked"
     if flags & ~_KNOWN_FLAGS or flags & spec.TYPE_MASK:
         return f"{name} with flags {flags:#x}; expected 0, or {spec.NO_REPLY:#x} for no reply"
+    if length < 0:
+        return f"{name} in {spec.HEADER.size + length} bytes; the header alone has {spec.HEADER.size}"
     expected = f"{shape.least}" if shape.least == shape.most else f"{shape.least} to {shape.most}"
     return f"{name} with {length} bytes; expected {expected}"

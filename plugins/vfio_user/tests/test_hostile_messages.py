@@ -113,6 +113,7 @@ def test_what_is_no_message_ends_the_connection_with_a_line(serving: Serving, na
                 pass  # an error may say goodbye
     (line,) = [line for line in serving.logged(since).splitlines() if "connection closed" in line]
     assert f"{TARGET}: connection closed: " in line and len(line) < 300
+    assert " -" not in line, "a negative number says nothing to people"
 
 
 @pytest.mark.parametrize("name", NO_VERSION)

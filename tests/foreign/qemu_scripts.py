@@ -6,9 +6,10 @@ import hashlib
 import os
 import random
 import subprocess
+import time
 from pathlib import Path
 
-from tests.foreign.qemu import Linux
+from tests.foreign.qemu import LIMIT, Linux
 from tests.rig.image import SBIN
 
 DISK_SIZE = 128 << 20
@@ -51,6 +52,22 @@ until nc 10.0.0.2 9000 <>/tmp/quiet > /tmp/copy 2>&-; do sleep 0.1; done
 sha256sum /tmp/file /tmp/copy
 rm /tmp/file /tmp/copy /tmp/quiet
 """
+
+
+def attached(socket: Path, options: str = "num-queues=2") -> list[str]:
+    """QEMU's options for a vhost-user disk; it connects again when the server has gone."""
+    return [
+        "-chardev", f"socket,id=disk,path={socket},reconnect=1",
+        "-device", f"vhost-user-blk-pci,chardev=disk,{options}",
+    ]  # fmt: skip
+
+
+def written(image: Path) -> None:
+    """Wait until the server has written to the image."""
+    before, deadline = image.stat().st_mtime_ns, time.monotonic() + LIMIT
+    while image.stat().st_mtime_ns == before:
+        assert time.monotonic() < deadline, "no write came"
+        time.sleep(0.001)
 
 
 def ping(guest: Linux, count: int = 5) -> None:

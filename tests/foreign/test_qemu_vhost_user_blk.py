@@ -1,17 +1,26 @@
-"""QEMU's vhost-user client with Linux's block driver on our disk, from mount to a server that is killed."""
+"""QEMU's vhost-user client with Linux's block driver on our disk, from mount to reboot."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.foreign.qemu import LIMIT, Linux
-from tests.foreign.qemu_scripts import DISK_SIZE, KNOWN, ext4, in_the_image, known_sum, sound, write_and_flush
+from tests.foreign.qemu import Linux
+from tests.foreign.qemu_scripts import (
+    DISK_SIZE,
+    KNOWN,
+    attached,
+    ext4,
+    in_the_image,
+    known_sum,
+    sound,
+    write_and_flush,
+    written,
+)
 from tests.foreign.qemu_serve import Serve
 
 pytestmark = pytest.mark.guest
@@ -23,22 +32,6 @@ name = "disk0"
 hostdev = "disk.img"
 queues = 2
 """
-
-
-def attached(socket: Path, options: str = "num-queues=2") -> list[str]:
-    """QEMU's options for the disk."""
-    return [
-        "-chardev", f"socket,id=disk,path={socket},reconnect=1",
-        "-device", f"vhost-user-blk-pci,chardev=disk,{options}",
-    ]  # fmt: skip
-
-
-def written(image: Path) -> None:
-    """Wait until the server has written to the image."""
-    before, deadline = image.stat().st_mtime_ns, time.monotonic() + LIMIT
-    while image.stat().st_mtime_ns == before:
-        assert time.monotonic() < deadline, "no write came"
-        time.sleep(0.001)
 
 
 @pytest.fixture(scope="module")
@@ -105,56 +98,6 @@ def test_the_guest_reboots_on_the_same_connection_and_mounts_again(linux: Linux)
     linux.restart()
     linux.run("mount -t ext4 /dev/vda /mnt")
     known_sum(linux)
-
-
-#: Four writers; each has 16 blocks of 4 KiB, which it writes again and again, waiting for each write. A
-#: block that shows an older round was written twice, or not at all.
-WRITERS = """
-writer() {
-    for round in $(seq %(rounds)d); do
-        for block in $(seq 0 15); do
-            printf "writer $1 block $block round $round." > /tmp/block$1
-            dd if=/tmp/block$1 of=/dev/vda bs=4k count=1 seek=$((%(start)d + $1 * 16 + block)) \
-                conv=sync oflag=direct 2>/tmp/error$1 || { cat /tmp/error$1; exit 1; }
-        done
-        echo "round $round" > /tmp/progress$1
-    done
-}
-for n in 0 1 2 3; do writer $n & done
-wait
-cat /tmp/progress*
-"""
-ROUNDS, START = 12, DISK_SIZE // 4096 - 64
-
-
-@pytest.mark.parametrize("rings", ["packed=off", "packed=on"])
-def test_a_server_killed_under_writes_and_started_again_has_every_write_once(
-    tmp_path: Path, rings: str
-) -> None:
-    """SIGKILL three times while four writers wait for their blocks; QEMU reconnects by itself."""
-    disk = tmp_path / "disk.img"
-    disk.write_bytes(bytes(DISK_SIZE))
-    server = Serve(tmp_path, DISK, "vhost-user")
-    guest = None
-    try:
-        guest = Linux(attached(server.socket("disk0"), f"num-queues=2,{rings}"), cpus=2)
-        number = guest.begin(WRITERS % {"rounds": ROUNDS, "start": START})
-        for _ in range(3):
-            written(disk)
-            server.kill()
-            server.start()
-        said = guest.end(number)
-        assert said.splitlines() == [f"round {ROUNDS}"] * 4
-        data = disk.read_bytes()
-        for block in range(64):
-            place = (START + block) * 4096
-            expected = f"writer {block // 16} block {block % 16} round {ROUNDS}.".encode()
-            assert data[place : place + 4096].rstrip(b"\0") == expected
-        assert not any(data[: START * 4096])
-    finally:
-        server.close()
-        if guest is not None:
-            guest.close()
 
 
 def test_packed_rings_carry_a_file_system_too(server: Serve, image: Path, linux: Linux) -> None:

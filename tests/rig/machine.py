@@ -153,7 +153,7 @@ def to_pass(folder: Path) -> list[str]:
 
     ``slow`` answers 20 requests a second: with a queue of them it writes to memory for a while. The e1000e
     receives what the machine sends to its other network device. The shared memory is a BAR with registers
-    that remember what is written: a device for UIO.
+    that remember what is written: a device for UIO. The two functions of the last port have one group.
     """
     plain, slow = folder / "plain.img", folder / "slow.img"
     plain.write_bytes(b"")
@@ -165,9 +165,10 @@ def to_pass(folder: Path) -> list[str]:
         "-drive", f"file={slow},if=none,id=slow,format=raw,throttling.iops-total=20",
         "-netdev", "hubport,id=net,hubid=0", "-netdev", "hubport,id=feed,hubid=0",
         "-device", "virtio-net-pci,netdev=feed",
-        *(word for n in range(4) for word in ("-device", f"pcie-root-port,id=rp{n},chassis={n},slot={n}")),
+        *(word for n in range(5) for word in ("-device", f"pcie-root-port,id=rp{n},chassis={n},slot={n}")),
         "-object", "memory-backend-ram,id=cells,size=1M,share=on", "-device", "ivshmem-plain,memdev=cells",
         "-device", "edu,bus=rp0", "-device", "e1000e,bus=rp1,netdev=net",
+        "-device", "edu,bus=rp4,addr=0.0,multifunction=on", "-device", "edu,bus=rp4,addr=0.1",
         "-device", "nvme,bus=rp2,serial=plain,drive=plain", "-device", "nvme,bus=rp3,serial=slow,drive=slow",
     ]  # fmt: skip
 

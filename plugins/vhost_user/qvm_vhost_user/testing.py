@@ -36,10 +36,10 @@ from qvm_vhost_user.protocol import (
     TABLE,
     U64,
     VERSION,
-    BackendRequest,
     ProtocolFeature,
     Request,
 )
+from qvm_vhost_user.testing_parts import BackendChannel
 
 #: A feature bit that belongs to the protocol and not to virtio: log what is written.
 F_LOG_ALL = 26
@@ -291,35 +291,6 @@ class Client:
         with theirs:
             self.tell(Request.SET_BACKEND_REQ_FD, b"", [theirs.fileno()])
         return BackendChannel(ours)
-
-
-class BackendChannel:
-    """Our end of the channel for requests of the server; ``config_changes`` counts those of that kind."""
-
-    def __init__(self, channel: socket.socket) -> None:
-        self.socket = channel
-        self.config_changes = 0
-
-    def poll(self, timeout: float = 0.0) -> int:
-        """Take what came, waiting at most ``timeout`` seconds for the first; how many config changes yet."""
-        self.socket.settimeout(timeout)
-        try:
-            while header := self.socket.recv(HEADER.size, socket.MSG_WAITALL if timeout else 0):
-                request, flags, size = HEADER.unpack(header)
-                assert flags & 7 == VERSION, f"a request of the server has flags {flags:#x}"
-                assert size == 0, f"a configuration change has no payload, but {size} bytes came"
-                assert request == BackendRequest.CONFIG_CHANGE, f"the server asks for {request}"
-                self.config_changes += 1
-                if flags & NEED_REPLY:
-                    self.socket.sendall(HEADER.pack(request, VERSION | REPLY, U64.size) + U64.pack(0))
-                self.socket.settimeout(0)
-        except (TimeoutError, BlockingIOError):
-            pass
-        return self.config_changes
-
-    def close(self) -> None:
-        """Close our end."""
-        self.socket.close()
 
 
 def _name(request: int) -> str:

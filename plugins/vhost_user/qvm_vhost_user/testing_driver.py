@@ -23,12 +23,12 @@ from qvm_vhost_user.protocol import F_PROTOCOL_FEATURES, U64, ProtocolFeature, R
 from qvm_vhost_user.testing import (
     ALL_FEATURES,
     F_LOG_ALL,
-    BackendChannel,
     Client,
     Inflight,
     Refused,
     Region,
 )
+from qvm_vhost_user.testing_parts import BackendChannel, Vring
 from qvmcore.testing.driver import VirtioDriver
 from qvmcore.testing.ring import GuestRam, RingDriver
 
@@ -43,22 +43,6 @@ _PACKED, _VERSION_1 = 34, 32
 #: The position of a fresh packed ring: both wrap counters are 1 (virtio 1.4, 2.8.1).
 _FRESH_PACKED = 0x8000_8000
 _OWN_BITS = 1 << F_LOG_ALL | 1 << F_PROTOCOL_FEATURES
-
-
-class Vring:
-    """One queue as the protocol sees it: where it is, and its three descriptors."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self.places = (0, 0, 0)
-        self.ready = False
-        self.started = False
-        self.kick, self.call, self.err = (os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(3))
-
-    def close(self) -> None:
-        """Close the descriptors."""
-        for fd in (self.kick, self.call, self.err):
-            os.close(fd)
 
 
 class VhostUserDriver(VirtioDriver):

@@ -29,11 +29,10 @@ RANDOM = random.Random(5).randbytes(1 << 20)
 def devices(server: Serve, extra: str) -> list[str]:
     """QEMU's options for the devices, from the lines that `qvm serve` printed; ``extra`` for each."""
     options: list[str] = []
-    for number, name in enumerate(("left", "right", "dice"), 1):
+    for name in ("left", "right", "dice"):
         words = shlex.split(server.line(name, "QEMU"))
         words = words[words.index("-chardev") :]
-        # A card has the address its VMM gives it: QEMU gives all the same one.
-        words[-1] += (f",mac=02:00:00:00:00:0{number}" if name != "dice" else "") + extra
+        words[-1] += extra
         options += words
     return options
 

@@ -90,14 +90,19 @@ class Worker:
         fd: int,
         on_readable: Callable[[], None] | None = None,
         on_writable: Callable[[], None] | None = None,
+        *,
+        edge: bool = False,
     ) -> None:
         """Call the given functions on the worker thread while ``fd`` is ready; replaces a former watch.
+
+        ``edge``: once for each time it becomes ready, so that nobody has to read what only wakes up.
 
         A hang-up or error of ``fd`` counts as readable, or as writable if only that is watched.
         Nothing happens once the worker is stopped. Raises OSError for a descriptor that cannot be
         polled (a regular file).
         """
         mask = (select.EPOLLIN if on_readable else 0) | (select.EPOLLOUT if on_writable else 0)
+        mask |= select.EPOLLET if edge else 0
         with self._lock:
             if self._epoll.closed:
                 return

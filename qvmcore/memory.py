@@ -72,6 +72,8 @@ class MemoryRegion:
         except (OSError, OverflowError, ValueError) as error:
             os.close(fd)
             raise _unmappable(spec.size, error) from error
+        # A core dump of gigabytes would hold up whoever waits for the end of this process.
+        self._map.madvise(mmap.MADV_DONTDUMP)
         self._whole = memoryview(self._map)
         self.view = self._whole[lead:]
 

@@ -17,7 +17,6 @@ device stays in DEVICE_NEEDS_RESET|FAILED and is reported as faulty.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -279,19 +278,12 @@ class DeviceLife:
         worker.watch(doorbell.fd, self._server(index, doorbell.drain))
         kick = self._kicks.get(index)
         if kick is not None:
-            worker.watch(kick, self._server(index, partial(self._drain_kick, kick)))
+            # It is not ours, and nothing is read from it: its owner could make a read wait.
+            worker.watch(kick, self._server(index, lambda: None), edge=True)
         if self._serves_now:
             self._at_once[index] = visitor(index, self.queue, self._vdev.serve_now, self.needs_reset)
         # Buffers offered before this came without a notification.
         doorbell.signal()
-
-    def _drain_kick(self, kick: int) -> None:
-        try:
-            if not os.read(kick, 8):
-                # Whoever could ring has gone; what has no end would be readable for ever.
-                self._vdev.ctx.worker.unwatch(kick)
-        except BlockingIOError:
-            pass
 
     def _server(self, index: int, drain: Callable[[], object]) -> Callable[[], None]:
         """What the worker does for a ring of the doorbell: drain the queue, then one notification."""

@@ -53,8 +53,8 @@ class RemoteDriver(DeviceLife):
     ) -> None:
         """Serve a queue from ``position`` on, None for a fresh one; the first one activates the device.
 
-        Addresses are guest-physical. ``kick`` is a non-blocking descriptor that rings for the queue
-        beside its doorbell; it stays the caller's. ``inflight`` keeps record of the chains in hand.
+        Addresses are guest-physical. ``kick`` is an eventfd that rings for the queue beside its doorbell;
+        it stays the caller's, and nothing is read from it. ``inflight`` keeps record of the chains in hand.
         Raises GuestError when that is impossible.
         """
         with self._control:

@@ -143,6 +143,8 @@ class RingQueue(Virtqueue):
         """See :meth:`Virtqueue.kill`."""
         self._closed = True
         self._dead = True
+        # It refers to the queue: both would hold guest memory until garbage is collected.
+        self._newest = None
 
     def close(self) -> None:
         """See :meth:`Virtqueue.close`."""

@@ -1,10 +1,10 @@
-"""Descriptors for wake-ups between us and a client: eventfds and pipes, and sockets in place of pipes.
+"""Descriptors for wake-ups between us and a client: eventfds; what we signal may be a pipe or a socket, too.
 
-Whatever else a client sends could block us, or be ready for ever; so could a socket that we read from. They
-are made non-blocking, which for an eventfd is so on the client's side, too: there it matters only to a
-writer that finds 2**64 - 2 wake-ups. The client could take that back, and hold a thread of ours in a read or
+Whatever else a client sends could block us, or be ready for ever. Nothing is read from what it rings with.
+What we write to is made non-blocking, which for an eventfd is so on the client's side, too: there it matters
+only to a writer that finds 2**64 - 2 wake-ups. The client could take that back, and hold a thread of ours in
 a write: pipes are opened anew, sockets are told with every byte not to wait, and out of an eventfd whoever
-waits is let go (:meth:`Notifier.release`, :func:`release_reader`).
+waits is let go (:meth:`Notifier.release`).
 """
 
 from __future__ import annotations
@@ -36,49 +36,41 @@ def is_unix_stream(number: int) -> bool:
     return found == (socket.AF_UNIX, socket.SOCK_STREAM)
 
 
-def check(fd: Fd, what: str, *, writes: bool) -> None:
-    """Make a client's descriptor non-blocking. Raises ClientError when it is not fit for wake-ups.
+def check_kick(fd: Fd, what: str) -> None:
+    """Raises ClientError for a client's descriptor that is not one to be woken by."""
+    kind = str(Path(f"/proc/self/fd/{fd.number}").readlink())
+    if kind != _EVENTFD:
+        raise ClientError(f"{what} is {kind}, expected an eventfd")
 
-    ``writes``: whether it is we who signal through it.
-    """
+
+def check_call(fd: Fd, what: str) -> None:
+    """Make a client's descriptor one that we can signal without waiting. Raises ClientError."""
     number = fd.number
     try:
         kind = str(Path(f"/proc/self/fd/{number}").readlink())
         flags = fcntl.fcntl(number, fcntl.F_GETFL)
         mode = os.fstat(number).st_mode
         # User Mode Linux signals itself through a pair of sockets.
-        fit = kind == _EVENTFD or stat.S_ISFIFO(mode) or (writes and is_unix_stream(number))
-        if not fit:
+        if kind != _EVENTFD and not stat.S_ISFIFO(mode) and not is_unix_stream(number):
             raise ClientError(f"{what} is {kind}, expected an eventfd or a pipe")
-        if flags & os.O_ACCMODE not in (os.O_RDWR, os.O_WRONLY if writes else os.O_RDONLY):
-            raise ClientError(f"{what} cannot be {'written' if writes else 'read'}")
+        if flags & os.O_ACCMODE not in (os.O_RDWR, os.O_WRONLY):
+            raise ClientError(f"{what} cannot be written")
         fcntl.fcntl(number, fcntl.F_SETFL, flags | os.O_NONBLOCK)
         if stat.S_ISFIFO(mode):
-            _open_anew(fd, writes)
+            _open_anew(fd)
     except OSError as error:
         raise ClientError(f"{what} cannot be used: {error.strerror}") from error
 
 
-def _open_anew(fd: Fd, writes: bool) -> None:
+def _open_anew(fd: Fd) -> None:
     """The same pipe with flags of our own."""
-    mode = os.O_WRONLY if writes else os.O_RDONLY
     try:
-        anew = os.open(f"/proc/self/fd/{fd.number}", mode | os.O_NONBLOCK | os.O_CLOEXEC)
+        anew = os.open(f"/proc/self/fd/{fd.number}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except PermissionError:
         # Another user's. It has to be trusted that far.
         return
     os.dup2(anew, fd.number, inheritable=False)
     os.close(anew)
-
-
-def release_reader(number: int) -> None:
-    """Let go a thread that waits for a wake-up of an eventfd which the client made blocking again."""
-    try:
-        os.set_blocking(number, False)
-        os.write(number, _ONE)
-    except OSError:
-        # Full, so nobody waits; or a pipe, which is our own.
-        pass
 
 
 class Notifier:

@@ -121,7 +121,7 @@ class Vrings:
     def set_kick(self, index: int, fd: Fd) -> None:
         """SET_VRING_KICK. Raises GuestError when the ring cannot start."""
         ring = self[index]
-        notifier.check(fd, f"the kick descriptor of ring {index}", writes=False)
+        notifier.check_kick(fd, f"the kick descriptor of ring {index}")
         self.stop(ring)
         # The worker watches the number, so it may be closed only once the ring is stopped.
         ring.set_kick(Fd(fd.take()))
@@ -229,11 +229,9 @@ class Vrings:
             ring.position = None
 
     def release(self) -> None:
-        """Let go every thread that a client keeps waiting at a descriptor of its own; it is leaving."""
+        """Let go every thread that a client keeps waiting at its call descriptor; it is leaving."""
         for ring in self._rings:
             ring.calls.release()
-            if ring.running and ring.kick is not None:
-                notifier.release_reader(ring.kick.number)
 
     def fail(self) -> None:
         """Tell the client that the device is broken, for every ring; any thread."""
@@ -255,5 +253,5 @@ class Vrings:
 def _writable(fd: Fd | None, what: str) -> Fd | None:
     if fd is None:
         return None
-    notifier.check(fd, what, writes=True)
+    notifier.check_call(fd, what)
     return Fd(fd.take())

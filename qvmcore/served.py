@@ -55,7 +55,7 @@ class ServedLife:
         self._bindings = bindings
         self._function: PciFunction | None = None
         self._config: MmioHandler | None = None
-        cls = host.vdev_class(vdev.type)
+        cls = host.vdev_class(vdev.type).for_options(vdev.options)
         self.slot = VdevSlot(vdev, cls, self.plan, asked, self._no_button, spec.name)
         self.slots = (self.slot,)
         self.slot.adopt(host.create_vdev(vdev, cls, self.slot))

@@ -108,7 +108,7 @@ class Service:
     def _servable(self) -> list[VdevSpec]:
         chosen = []
         for vdev in self.spec.vdevs:
-            cls = self._host.vdev_class(vdev.type)
+            cls = self._host.vdev_class(vdev.type).for_options(vdev.options)
             refusal = self._server.refusal(cls)
             if cls.physical:
                 refusal = "it passes a physical device through, which needs a VM of our own"
@@ -239,8 +239,10 @@ class _Post:
 
     def _serve(self, client: socket.socket) -> None:
         name = self.vdev.name
-        if self.life is None or self.life.slot.faulted:
-            self._renew()
+        if self.life is not None and self.life.slot.faulted:
+            self._end_life()
+        if self.life is None and self._quiet:
+            self.life = self._born()
         life = self.life
         if life is None:
             log.warning("%s: a client was turned away: the vdev cannot be had", name)
@@ -256,17 +258,18 @@ class _Post:
         except Exception:
             log.exception("%s: connection closed: the server failed", name)
         if life.used and not self._stopping:
-            self._renew()
+            self._end_life()
 
-    def _renew(self) -> None:
-        """The client's memory is given back here at the latest: its guest may be gone."""
+    def _end_life(self) -> None:
+        """The client's memory is given back here at the latest: its guest may be gone.
+
+        The next life begins with the next client: until then nothing of the host is held, as between
+        two runs of a VM.
+        """
         life, self.life = self.life, None
         if life is not None and not life.end(GuestEnd(Reason.GUEST_SHUTDOWN, "the client has gone")):
             self._quiet = False
             log.error("%s: was not proven quiet; it is not served any more", self.vdev.name)
-            return
-        if self._quiet:
-            self.life = self._born()
 
     def _asked(self, end: GuestEnd) -> None:
         log.info("%s: the vdev asked for an end (%s); its client is shut out", self.vdev.name, end.message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,10 @@ def vdev(kind: str, name: str, **options: object) -> str:
 
 
 def connect(path: Path) -> socket.socket:
-    """A client of a console's Unix socket."""
+    """A client of a console's Unix socket, which is there as long as the console lives."""
+    deadline = time.monotonic() + LIMIT
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
     client = socket.socket(socket.AF_UNIX)
     client.settimeout(LIMIT)
     client.connect(str(path))
@@ -131,13 +135,13 @@ def test_one_process_serves_a_whole_guest_twice(
         *("diska", "diskb", "net0", "con0", "rng0"),
     )
     for _ in range(guests):
-        client = connect(short / "c")
         kinds = {"diska": linux.BLK, "diskb": linux.BLK, "net0": linux.NET, "con0": linux.CONSOLE, "rng0": 4}
         guest = uml(
             ALL,
             [(serving.socket(name), number) for name, number in kinds.items()],
             modules="virtio_blk virtio_net virtio_console",
         )
+        client = connect(short / "c")
         assert read_until(client, b"\n") == b"hello from hvc0\n"
         client.sendall(b"bye\n")
         text = guest.wait()

@@ -60,8 +60,9 @@ class Worker:
 
     ``on_error(exception)`` is called on the worker thread when a callback raises; the loop then
     goes on, unless the owner stops it. Callbacks hold ``serial`` while they run. Never more than one
-    of them runs, what a visitor brings to :meth:`visit` included. All methods may be called from any
-    thread.
+    of them runs, what a visitor brings to :meth:`visit` included. With ``poll`` seconds the thread looks
+    for more that long after each callback before it sleeps: no wake-up then, and a processor's time.
+    All methods may be called from any thread.
     """
 
     def __init__(
@@ -69,8 +70,10 @@ class Worker:
         name: str,
         on_error: Callable[[BaseException], None],
         serial: AbstractContextManager[object] | None = None,
+        poll: float = 0.0,
     ) -> None:
         self.name = name
+        self._poll_ns = int(poll * 1e9)
         self._on_error = on_error
         self._serial = serial
         self._turn = threading.Lock()  # held by whoever runs a callback; taken before ``serial``
@@ -198,7 +201,7 @@ class Worker:
     def _run(self) -> None:
         try:
             while not self._stop:
-                for fd, events in self._epoll.poll(self._timeout()):
+                for fd, events in self._look() or self._epoll.poll(self._timeout()):
                     if fd == self._wake.fd:
                         self._wake.drain()
                         continue
@@ -210,6 +213,17 @@ class Worker:
                     self._run_calls()
         finally:
             self._close()
+
+    def _look(self) -> list[tuple[int, int]]:
+        """What became ready while the thread looked for it; nothing when it may sleep."""
+        if not self._poll_ns:
+            return []
+        poll, now = self._epoll.poll, time.perf_counter_ns
+        end = now() + self._poll_ns
+        ready = poll(0)
+        while not ready and not self._calls and now() < end:
+            ready = poll(0)
+        return ready
 
     def _timeout(self) -> float | None:
         if not self._calls and not self._timers:

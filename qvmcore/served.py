@@ -46,8 +46,10 @@ class ServedLife:
         bindings: DefaultBindings,
         server: Server,
         asked: Callable[[GuestEnd], None],
+        poll: float = 0.0,
     ) -> None:
         self.spec = spec
+        self.poll = poll
         self.plan = TerminationPlan()
         self.used = False
         self._memory = GuestMemory()
@@ -56,7 +58,7 @@ class ServedLife:
         self._function: PciFunction | None = None
         self._config: MmioHandler | None = None
         cls = host.vdev_class(vdev.type).for_options(vdev.options)
-        self.slot = VdevSlot(vdev, cls, self.plan, asked, self._no_button, spec.name)
+        self.slot = VdevSlot(vdev, cls, self.plan, asked, self._no_button, spec.name, poll)
         self.slots = (self.slot,)
         self.slot.adopt(host.create_vdev(vdev, cls, self.slot))
         self.session = self._begin(server)
@@ -171,10 +173,11 @@ def begin_life(
     bindings: DefaultBindings,
     server: Server,
     asked: Callable[[GuestEnd], None],
+    poll: float = 0.0,
 ) -> ServedLife | None:
     """A new life, or None, with the reason in the log, when the vdev cannot be had now."""
     try:
-        return ServedLife(spec, vdev, host, bindings, server, asked)
+        return ServedLife(spec, vdev, host, bindings, server, asked, poll)
     except QvmError as error:
         log.error("%s: cannot be served: %s", vdev.name, error)
     except Exception:

@@ -49,6 +49,8 @@ class Served(Protocol):
     def config(self) -> MmioHandler | None:
         """Who answers configuration accesses to ``function``; faults of the vdev are caught there."""
 
+    #: Seconds a thread looks for more before it sleeps; 0 unless the user asked for it.
+    poll: float
     #: Set by the session at the first message that changes the vdev or its memory. While it is False the
     #: next client gets the same life.
     used: bool

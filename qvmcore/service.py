@@ -49,8 +49,11 @@ SWITCH_INTERVAL = 0.0005
 class Service:
     """The vdevs of one VM file, served. Use :meth:`run` once, on the main thread."""
 
-    def __init__(self, spec: MachineSpec, host: PluginHost, server: Server, folder: Path) -> None:
+    def __init__(
+        self, spec: MachineSpec, host: PluginHost, server: Server, folder: Path, poll: float = 0.0
+    ) -> None:
         self.spec = spec
+        self._poll = poll
         self._host = host
         self._server = server
         self._folder = folder
@@ -79,7 +82,9 @@ class Service:
             acceptor = _Acceptor()
             try:
                 for vdev in self._servable():
-                    posts.append(_Post(self.spec, vdev, self._host, bindings, self._server, self._folder))
+                    posts.append(
+                        _Post(self.spec, vdev, self._host, bindings, self._server, self._folder, self._poll)
+                    )
                 self._posts = tuple(posts)
                 for post in posts:
                     post.start()
@@ -153,14 +158,15 @@ class _Post:
         bindings: DefaultBindings,
         server: Server,
         folder: Path,
+        poll: float,
     ) -> None:
         self.vdev = vdev
         self._server = server
         self._born: Callable[[], ServedLife | None] = lambda: begin_life(
-            spec, vdev, host, bindings, server, self._asked
+            spec, vdev, host, bindings, server, self._asked, poll
         )
         # The first life has to succeed: what is wrong with the file is said now, not to a client.
-        self.life: ServedLife | None = ServedLife(spec, vdev, host, bindings, server, self._asked)
+        self.life: ServedLife | None = ServedLife(spec, vdev, host, bindings, server, self._asked, poll)
         try:
             self.doorway = Doorway(folder, vdev.name)
         except BaseException:

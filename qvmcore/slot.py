@@ -51,7 +51,8 @@ class VdevSlot:
     """One vdev of a machine: its spec, object, bound lines, worker and fault state.
 
     ``end(GuestEnd)`` and ``button()`` are the machine's entrances for a vdev's requests; both may
-    be called from any thread. The slot is also the vdev's :class:`~qvmcore.vdev.VdevContext`.
+    be called from any thread. ``poll`` is the worker's, in seconds. The slot is also the vdev's
+    :class:`~qvmcore.vdev.VdevContext`.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class VdevSlot:
         end: Callable[[GuestEnd], None],
         button: Callable[[], None],
         machine: str = "",
+        poll: float = 0.0,
     ) -> None:
         self.spec = spec
         self.cls = cls
@@ -76,6 +78,7 @@ class VdevSlot:
         #: Where window ``n`` is; whoever binds the windows of a PCI function replaces it.
         self.place_of: Callable[[int], int | None] = self._fixed_place
         self._plan = plan
+        self._poll = poll
         self._end = end
         self._button = button
         self._lock = threading.RLock()
@@ -107,7 +110,7 @@ class VdevSlot:
             raise RuntimeError("ctx.worker is allowed from on_configured() on")
         if self._worker is None:
             serial = None if issubclass(self.cls, VirtioVdev) else self._lock
-            self._worker = Worker(f"vdev-{self.name}", self.fault, serial)
+            self._worker = Worker(f"vdev-{self.name}", self.fault, serial, self._poll)
         return self._worker
 
     def irq(self, index: int = 0) -> IrqLine:

@@ -7,7 +7,7 @@ seconds are the guest's own. Medians over the rounds and their ratios.
 
 QEMU is that of a later Debian release, in qvm's cache (see tests/foreign/qemu11.py).
 
-    python tests/bench/vfio_user_io.py [--rounds 7] [--json]
+    python tests/bench/vfio_user_io.py [--rounds 7] [--poll 0] [--json]
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--poll", type=int, default=0, help="for qvm serve, microseconds")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     newer = qemu11.obtain()
@@ -59,7 +60,7 @@ def main() -> None:
         for each in ("ours.img", "theirs.img"):
             (folder / each).write_bytes(os.urandom(1 << 20) * (DISK >> 20))
         text = '[[vdev]]\ntype = "virtio-blk"\nname = "qvm"\nhostdev = "ours.img"\nserial = "qvm"\n'
-        serve = Serve(folder, text, "vfio-user")
+        serve = Serve(folder, text, "vfio-user", "--poll", str(arguments.poll))
         socket = json.dumps(
             {"driver": "vfio-user-pci", "socket": {"type": "unix", "path": str(serve.socket("qvm"))}}
         )

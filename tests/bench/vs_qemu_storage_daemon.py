@@ -11,7 +11,8 @@ run. Two drivers measure them:
 
 CPU seconds are those of the server's process. Medians over the runs; latencies in microseconds.
 
-    python tests/bench/vs_qemu_storage_daemon.py [--runs 3] [--seconds 2] [--only linux|driver] [--json]
+    python tests/bench/vs_qemu_storage_daemon.py [--runs 3] [--seconds 2] [--poll 0]
+        [--only linux|driver] [--json]
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Sample(NamedTuple):
 
 
 @contextmanager
-def server(who: str, folder: Path, image: Path) -> Iterator[tuple[Path, int]]:
+def server(who: str, folder: Path, image: Path, poll: int = 0) -> Iterator[tuple[Path, int]]:
     """The socket and the process number of a running server."""
     socket = folder / who / "disk0.sock"
     socket.parent.mkdir(exist_ok=True)
@@ -231,6 +232,7 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2)
+    parser.add_argument("--poll", type=int, default=0, help="for qvm serve, microseconds")
     parser.add_argument("--only", choices=["linux", "driver"])
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -247,7 +249,7 @@ def main() -> None:
         for _ in range(arguments.runs):
             for kind, measure in kinds.items():
                 for who in ("qvm", "qsd"):
-                    with server(who, Path(name), image) as (socket, pid):
+                    with server(who, Path(name), image, arguments.poll) as (socket, pid):
                         measured = measure(socket, pid, arguments.seconds)
                         samples[kind].setdefault(who, []).append(measured)
     if arguments.json:

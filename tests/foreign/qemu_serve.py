@@ -22,7 +22,7 @@ class Serve:
     Relative paths in ``text`` start at ``folder``. ``log`` is what all its processes have said.
     """
 
-    def __init__(self, folder: Path, text: str, protocol: str) -> None:
+    def __init__(self, folder: Path, text: str, protocol: str, *words: str) -> None:
         self.folder = folder
         # A socket's address has 107 bytes, and pytest's folders have long names.
         self.sockets = Path(tempfile.mkdtemp(prefix="qvm-"))
@@ -33,6 +33,7 @@ class Serve:
             # It does not outlive the test session, however that ends.
             "setpriv", "--pdeathsig", "KILL",
             sys.executable, "-m", "qvmcore", "serve", str(self._file), f"--{protocol}", str(self.sockets),
+            *words,
         ]  # fmt: skip
         self._names = [line.split('"')[1] for line in text.splitlines() if line.startswith("name = ")]
         self.start()

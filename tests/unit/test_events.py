@@ -228,3 +228,25 @@ def test_a_watch_that_a_visitor_ends_is_not_served_any_more() -> None:
     assert served == []
     assert worker.stop(10)
     event.close()
+
+
+def test_a_worker_that_polls_is_as_good_as_one_that_sleeps() -> None:
+    """Descriptors, calls and timers while it looks and while it sleeps; and it ends."""
+    worker = Worker("poller", lambda error: pytest.fail(str(error)), poll=0.002)
+    seen: list[str] = []
+    wake = EventFd()
+    worker.watch(wake.fd, lambda: (wake.drain(), seen.append("fd")))
+    done = threading.Event()
+    worker.call_later(0.01, lambda: seen.append("timer"))
+    for pause in (0.0, 0.0, 0.01, 0.0):
+        before = len(seen)
+        wake.signal()
+        while len(seen) == before:
+            time.sleep(0.0001)
+        worker.call(lambda: seen.append("call"))
+        time.sleep(pause)
+    worker.call_later(0.02, done.set)
+    assert done.wait(5)
+    assert sorted(seen) == ["call"] * 4 + ["fd"] * 4 + ["timer"]
+    assert worker.stop(5)
+    wake.close()

@@ -436,3 +436,19 @@ def test_signals_end_it_in_the_main_thread(tmp_path: Path) -> None:
     assert service.run(lambda: os.kill(os.getpid(), signal.SIGTERM)) is True
     assert signal.getsignal(signal.SIGTERM) is old
     assert not list((tmp_path / "s").iterdir())
+
+
+def test_what_the_user_says_of_polling_reaches_the_vdev_and_its_server(tmp_path: Path) -> None:
+    vdevs = (VdevSpec("lamp", "a", NoOptions()),)
+    spec = MachineSpec("test", "", "auto", 1, (), LoadSpec(), vdevs)
+    service = Service(spec, OneServerHost(), LineServer(), tmp_path / "s", 0.00005)
+    seen = []
+
+    def look() -> None:
+        life = service._posts[0].life
+        assert life is not None
+        seen.append((life.poll, life.slot.worker._poll_ns))
+        service._events.put("SIGTERM")
+
+    assert service.run(look) is True
+    assert seen == [(0.00005, 50_000)]

@@ -52,7 +52,8 @@ class VfioUserSession:
 
     def serve(self, connection: socket.socket) -> None:
         """Speak with one client until it leaves. Raises ClientError when it breaks the protocol."""
-        link = Connection(connection, self._irqs.open(connection.fileno()).wait)
+        wait = self._irqs.open(connection.fileno()).wait
+        link = Connection(connection, wait, self._served.poll)
         self._proposal = None
         self._told.clear()
         try:

@@ -8,7 +8,9 @@ to the last message that begins in what was read.
 from __future__ import annotations
 
 import array
+import select
 import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -105,9 +107,14 @@ class Connection:
     ``wait`` is called before the socket is read, and may wait for it and for other things.
     """
 
-    def __init__(self, connection: socket.socket, wait: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, connection: socket.socket, wait: Callable[[], None] = lambda: None, poll: float = 0.0
+    ) -> None:
         self._socket = connection
         self._wait = wait
+        self._poll_ns = int(poll * 1e9)
+        self._ready = select.poll()
+        self._ready.register(connection, select.POLLIN)
         self._data = b""  # what was read; up to ``_at`` it was given out as messages
         self._at = 0
         self._passed = 0  # bytes of the stream that came before ``_data``
@@ -174,7 +181,8 @@ class Connection:
             self._data, self._at = self._data[self._at :], 0
         if self._data:
             size = max(size, self._missing())
-        self._wait()
+        if not self._look():
+            self._wait()
         try:
             data, ancillary, flags, _ = self._socket.recvmsg(size, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
         except OSError:
@@ -183,6 +191,17 @@ class Connection:
         if ancillary or flags & _CTRUNC:
             self._adopt(ancillary, bool(flags & _CTRUNC))
         return len(data)
+
+    def _look(self) -> bool:
+        """Whether something came while the thread looked for it, as the user asked."""
+        if not self._poll_ns:
+            return False
+        ready, now = self._ready.poll, time.perf_counter_ns
+        end = now() + self._poll_ns
+        while not ready(0):
+            if now() >= end:
+                return False
+        return True
 
     def _missing(self) -> int:
         """Bytes the message in hand still lacks; its size was checked."""

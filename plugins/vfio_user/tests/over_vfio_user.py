@@ -46,6 +46,7 @@ class FakeServed:
         self.function: PciFunction | None = bus.function
         self.config: MmioHandler | None = MmioHandler(bus.config_read, bus.config_write)
         self.used = False
+        self.poll = 0.0
         self.resets = 0
         self._fault = inner.ctx.fault
 

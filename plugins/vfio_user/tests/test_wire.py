@@ -204,3 +204,17 @@ def test_a_client_that_breaks_the_protocol_gets_an_error_before_the_end() -> Non
         with pytest.raises(Gone):
             bench.client.info()
         assert "VERSION came twice" in bench.broken()
+
+
+def test_a_connection_that_polls_reads_the_same_and_sees_the_end() -> None:
+    ours, theirs = socket.socketpair()
+    waited = []
+    link = Connection(ours, lambda: waited.append(True), poll=0.001)
+    with ours, theirs:
+        for number in range(3):
+            theirs.sendall(spec.HEADER.pack(number, spec.Command.DEVICE_RESET, spec.HEADER.size, 0, 0))
+            message = link.receive()
+            assert message is not None and message.id == number
+        assert not waited
+        theirs.close()
+        assert link.receive() is None

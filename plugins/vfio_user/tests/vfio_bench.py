@@ -82,6 +82,7 @@ class FakeServed:
         self.function: PciFunction | None = inner.pci.function
         self.config: MmioHandler | None = MmioHandler(inner.pci.config_read, inner.pci.config_write)
         self.used = False
+        self.poll = 0.0
         self.faults = inner.ctx.faults
         self.fault = inner.ctx.fault
 

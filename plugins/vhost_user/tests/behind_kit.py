@@ -40,6 +40,7 @@ class OneLife:
         self.function: PciFunction | None = None
         self.config: MmioHandler | None = None
         self.used = False
+        self.poll = 0.0
         self.fault = ctx.fault
 
     def reset(self) -> None:

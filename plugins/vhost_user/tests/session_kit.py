@@ -55,6 +55,7 @@ class ServedVdev(Generic[V]):
         self.log = self.ctx.log
         self.name = self.ctx.name
         self.used = False
+        self.poll = 0.0
         self.vdev = cls(self.ctx, converted)
         self.ctx.threads_allowed = True
         self.vdev.on_configured()

@@ -95,7 +95,9 @@ def _people(reports: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         ram, uptime = report["ram"], report["uptime"]
         yield {
             **report,
-            "ram": format_size(ram) if isinstance(ram, int) else "",
+            # What `qvm serve` serves has no machine of its own.
+            "cpus": report["cpus"] if report.get("board") else "",
+            "ram": format_size(ram) if isinstance(ram, int) and ram else "",
             "uptime": _duration(uptime) if isinstance(uptime, int | float) else "",
         }
 
@@ -103,10 +105,11 @@ def _people(reports: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 def _show(report: Mapping[str, Any]) -> None:
     """A whole report as tables. Raises what a report of another shape leads to."""
     (row,) = _people([report])
-    click.echo(
-        f"{_cell(row['name'])}: {_cell(row['state'])}, {_cell(row['board'])}, engine {_cell(row['engine'])}, "
-        f"{row['cpus']} CPU, {row['ram']}, pid {row['pid']}, up {row['uptime']}\n"
-    )
+    where = f"over {_cell(row['engine'])}"
+    if row["board"]:
+        where = f"{_cell(row['board'])}, engine {_cell(row['engine'])}, {row['cpus']} CPU, {row['ram']}"
+    name, state = _cell(row["name"]), _cell(row["state"])
+    click.echo(f"{name}: {state}, {where}, pid {row['pid']}, up {row['uptime']}\n")
     guest = report["guest"]
     if guest["problem"]:
         click.echo(f"Guest: {_cell(guest['problem'])}")

@@ -41,6 +41,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "rundir",
             "inquiry",
             "doorway",
+            "post",
             "served",
         }
     ),
@@ -120,6 +121,9 @@ SAME_FLOOR: list[set[str]] = [
     {"served", "bind"},
     {"served", "bind_pci"},
     {"served", "slot"},
+    {"post", "bind"},
+    {"post", "doorway"},
+    {"post", "served"},
 ]
 
 

@@ -96,7 +96,9 @@ class Machine:
     def _read(self, deadline: float) -> bool:
         """Take what comes next; False at the end of the output, and a failed test at the deadline."""
         assert self.process.stdout is not None
-        if not select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        poll = select.poll()
+        poll.register(self.process.stdout, select.POLLIN)
+        if not poll.poll(1000 * max(0.0, deadline - time.monotonic())):
             self._fail("the machine fell silent")
         chunk = os.read(self.process.stdout.fileno(), 65536)
         self._output += chunk

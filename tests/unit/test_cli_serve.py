@@ -120,7 +120,9 @@ class Serving:
         deadline = time.monotonic() + 20
         last = f"nc -U {self.folder}/dir/{names[-1]}.sock\n"
         while last not in self.out:
-            ready, _, _ = select.select([self.process.stdout], [], [], max(0, deadline - time.monotonic()))
+            poll = select.poll()
+            poll.register(self.process.stdout, select.POLLIN)
+            ready = poll.poll(1000 * max(0, deadline - time.monotonic()))
             piece = os.read(self.process.stdout.fileno(), 1 << 16) if ready else b""
             if not piece:
                 self.end(signal.SIGKILL)

@@ -184,7 +184,9 @@ class Event:
 
     def count(self, wait: float = 0) -> int:
         """How often it was signalled since; ``wait`` seconds for the first."""
-        if not select.select([self.fd], [], [], wait)[0]:
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        if not poll.poll(wait * 1000):
             return 0
         return os.eventfd_read(self.fd)
 

@@ -123,14 +123,14 @@ class VhostUserDriver(VirtioDriver):
     def wait(self, index: int, timeout: float = 10.0) -> bool:
         """Wait for an interrupt of a queue and take it; False after ``timeout`` seconds."""
         call = self._vrings[index].call
-        if not select.select([call], [], [], timeout)[0]:
+        if not ready([call], timeout):
             return False
         os.eventfd_read(call)
         return True
 
     def failed(self, index: int, timeout: float = 0.0) -> bool:
         """Whether the server signalled an error of a queue."""
-        return bool(select.select([self._vrings[index].err], [], [], timeout)[0])
+        return bool(ready([self._vrings[index].err], timeout))
 
     # ---- see VirtioDriver --------------------------------------------------------------------------
 
@@ -210,7 +210,7 @@ class VhostUserDriver(VirtioDriver):
 
     def interrupt_status(self) -> int:
         """Bit 0: a call descriptor is signalled; bit 1: the configuration changed since this was read."""
-        called = bool(select.select([vring.call for vring in self._vrings], [], [], 0)[0])
+        called = bool(ready([vring.call for vring in self._vrings]))
         changes = self.generation()
         changed, self._config_seen = changes != self._config_seen, changes
         return called | changed << 1
@@ -285,7 +285,7 @@ class VhostUserDriver(VirtioDriver):
                 self.stop_queue(index)
             vring.ready = False
             for fd in (vring.kick, vring.call, vring.err):
-                if select.select([fd], [], [], 0)[0]:
+                if ready([fd]):
                     os.eventfd_read(fd)
         if self.client.has(ProtocolFeature.STATUS):
             self.client.tell(Request.SET_STATUS, U64.pack(0))
@@ -295,6 +295,14 @@ class VhostUserDriver(VirtioDriver):
             os.close(self.inflight.fd)
             self.inflight = None
         self._status = 0
+
+
+def ready(fds: Sequence[int], timeout: float = 0.0) -> list[int]:
+    """Those that can be read within ``timeout`` seconds; a process may have thousands of descriptors."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return [fd for fd, _ in poll.poll(timeout * 1000)]
 
 
 def ring_position(ring: RingDriver) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import socket
 import time
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from odd_files import (
 )
 from qvm_vhost_user.protocol import NEED_REPLY, NO_FD, U64, VERSION, Request
 from qvm_vhost_user.testing import Closed, Refused
+from qvm_vhost_user.testing_driver import ready
 from qvm_virtio_blk.testing import IN, header
 
 from qvmcore.testing.fakes import RAM
@@ -180,7 +180,7 @@ def test_a_kick_that_is_made_blocking_again(target: Target) -> None:
         os.set_blocking(kick, True)
         for _ in range(2000):
             os.eventfd_write(kick, 1)
-            if select.select([kick], [], [], 0)[0]:
+            if ready([kick]):
                 os.set_blocking(kick, False)
                 try:
                     os.eventfd_read(kick)

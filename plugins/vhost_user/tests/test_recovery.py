@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import random
-import select
 import struct
 import threading
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from qvm_vhost_user.testing import Client, Closed
-from qvm_vhost_user.testing_driver import VhostUserDriver, ring_position
+from qvm_vhost_user.testing_driver import VhostUserDriver, ready, ring_position
 from qvm_virtio_blk.testing import OK, OUT, header
 
 from qvmcore.api import GuestMemory
@@ -100,12 +99,13 @@ class Writer:
         """For interrupts, or for the server to go; one of them comes when requests are in flight."""
         driver = self.driver
         calls = [vring.call for vring in driver._vrings]
-        ready, _, _ = select.select([*calls, driver.client.socket], [], [], LIMIT)
-        assert ready, f"no interrupt came; in flight are {[sorted(each) for each in self.flying]}"
+        connection = driver.client.socket.fileno()
+        readable = ready([*calls, connection], LIMIT)
+        assert readable, f"no interrupt came; in flight are {[sorted(each) for each in self.flying]}"
         for call in calls:
-            if call in ready:
+            if call in readable:
                 os.eventfd_read(call)
-        if driver.client.socket in ready and not driver.client.socket.recv(1):
+        if connection in readable and not driver.client.socket.recv(1):
             raise Closed("the server is gone")
 
     def work(self, until: float) -> None:

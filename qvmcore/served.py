@@ -35,7 +35,7 @@ _SOMEWHERE = PciAddress(1)
 class ServedLife:
     """A :class:`~qvmcore.server.Served`. ``asked(end)`` is called, on any thread, when the vdev wants an end.
 
-    ``qvm_termination_callbacks`` gets this object as its machine. Made by :meth:`begin`.
+    ``qvm_termination_callbacks`` gets this object as its machine. It has begun when it is made.
     """
 
     def __init__(

@@ -77,17 +77,18 @@ def logging_options(command: _Command) -> _Command:
 
 def complete_vdev_types(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The installed vdev types."""
-    entries = _state(ctx).host.vdev_types()
+    entries = state_of(ctx).host.vdev_types()
     return [CompletionItem(n, help=e.origin) for n, e in entries.items() if n.startswith(incomplete)]
 
 
 def complete_engines(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The installed engines."""
-    names: Sequence[str] = ["auto", *_state(ctx).host.engine_names()]
+    names: Sequence[str] = ["auto", *state_of(ctx).host.engine_names()]
     return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
-def _state(ctx: click.Context) -> State:
+def state_of(ctx: click.Context) -> State:
+    """What the commands of this invocation share; completion runs without any."""
     return ctx.find_object(State) or State()
 
 

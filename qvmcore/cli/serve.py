@@ -9,8 +9,7 @@ from typing import Any
 
 import click
 
-from qvmcore.cli.params import logging_options, vm_files
-from qvmcore.cli.state import State
+from qvmcore.cli.params import logging_options, state_of, vm_files
 from qvmcore.errors import PluginError
 from qvmcore.types import Reason
 
@@ -29,26 +28,26 @@ class _Serve(click.Command):
         except click.NoSuchOption as error:
             name = error.option_name.lstrip("-")
             try:
-                _state(ctx).host.server(name)
+                state_of(ctx).host.server(name)
             except PluginError as missing:
                 if "pip install" in missing.hint:
                     raise click.UsageError(f"no option {error.option_name}; {missing.hint}", ctx) from None
             raise
 
 
-def _state(ctx: click.Context) -> State:
-    return ctx.find_object(State) or State()
+def _parameter(server: str) -> str:
+    return f"server_{server.replace('-', '_')}"
 
 
 def _server_options(ctx: click.Context) -> list[click.Parameter]:
     return [
         click.Option(
-            [f"--{name}", f"server_{name.replace('-', '_')}"],
+            [f"--{name}", _parameter(name)],
             metavar="DIR",
             type=click.Path(file_okay=False),
             help=f"Serve over {name}, at sockets DIR/NAME.sock.",
         )
-        for name in _state(ctx).host.server_names()
+        for name in state_of(ctx).host.server_names()
     ]
 
 
@@ -86,11 +85,11 @@ def serve(
     """
     from qvmcore.service import Service
 
-    state = _state(ctx)
+    state = state_of(ctx)
     chosen = {
-        name: folders[f"server_{name.replace('-', '_')}"]
+        name: folder
         for name in state.host.server_names()
-        if folders.get(f"server_{name.replace('-', '_')}") is not None
+        if (folder := folders.get(_parameter(name))) is not None
     }
     if len(chosen) != 1:
         known = " or ".join(f"--{name} DIR" for name in state.host.server_names())

@@ -52,7 +52,8 @@ CORE_FEATURES = (
     | 1 << spec.VIRTIO_F_RING_RESET
 )
 
-_WELCOME = spec.ACKNOWLEDGE | spec.DRIVER
+#: Status bits every driver sets first (3.1.1).
+WELCOME = spec.ACKNOWLEDGE | spec.DRIVER
 
 
 class DeviceLife:
@@ -230,7 +231,7 @@ class DeviceLife:
     def _accept_features(self) -> str:
         """Take the driver's choice; why not, if it is not acceptable (2.2.2, 3.1.1 steps 5 and 6; 6.2)."""
         chosen = self._driver_features
-        if self._status & _WELCOME != _WELCOME:
+        if self._status & WELCOME != WELCOME:
             return "ACKNOWLEDGE and DRIVER are not set"
         if self._beyond or chosen & ~self.offered:
             return f"features {chosen & ~self.offered:#x} were not offered"

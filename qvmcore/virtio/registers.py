@@ -10,13 +10,12 @@ from functools import partial
 
 from qvmcore.errors import GuestError
 from qvmcore.virtio import spec
-from qvmcore.virtio.life import DeviceLife
+from qvmcore.virtio.life import WELCOME, DeviceLife
 
 #: 32-bit feature words a driver may select; the standard allots bits up to 127 (2.2).
 FEATURE_WORDS = 32
 
 _DRIVER_BITS = spec.ACKNOWLEDGE | spec.DRIVER | spec.DRIVER_OK | spec.FEATURES_OK | spec.FAILED
-_WELCOME = spec.ACKNOWLEDGE | spec.DRIVER
 
 
 class DriverRegisters(DeviceLife):
@@ -50,7 +49,7 @@ class DriverRegisters(DeviceLife):
                 return
             new = value & _DRIVER_BITS & ~self._status
             with self._lock:
-                self._status |= new & (_WELCOME | spec.FAILED)
+                self._status |= new & (WELCOME | spec.FAILED)
                 if new & spec.FAILED:
                     self._kill_queues()
             if new & spec.FEATURES_OK:

@@ -33,7 +33,7 @@ class RemoteDriver(DeviceLife):
                 return
             self.reset()
             self._check_alive()
-            self._status |= spec.ACKNOWLEDGE | spec.DRIVER
+            self._status |= life.WELCOME
             self._driver_features = features
             reason = self._accept_features()
             if reason:

@@ -65,7 +65,7 @@ def test_two_hundred_guests_leave_nothing_behind(kvm: None) -> None:
     before = descriptors()
     for _ in range(200):
         once()
-    assert not descriptors() - before
+    assert descriptors() == before
     assert vcpu_threads() == []
     assert kick._users == 0
 
@@ -192,7 +192,7 @@ def test_a_half_made_guest_is_given_back(
         patch.setattr(place, name, _fail)
         with pytest.raises(EngineError, match="Cannot allocate memory"):
             Bench()
-    assert not descriptors() - before
+    assert descriptors() == before
     assert kick._users == users
 
 
@@ -203,7 +203,7 @@ def test_the_second_vcpus_failure_gives_back_the_first(kvm: None, monkeypatch: p
     monkeypatch.setattr(Vm, "create_vcpu", lambda vm, index: _fail() if index else real(vm, index))
     with pytest.raises(EngineError, match="KVM cannot build the guest: Cannot allocate memory"):
         Bench(cpus=2)
-    assert not descriptors() - before
+    assert descriptors() == before
 
 
 def test_a_thread_that_cannot_start_stops_those_that_did(

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import pytest
+from qvm_vhost_user.protocol import ProtocolFeature
 from qvm_vhost_user.session import VhostUserSession
 from qvm_vhost_user.testing import ALL_FEATURES, Client, Closed
 from qvm_vhost_user.testing_driver import VhostUserDriver
@@ -37,6 +38,14 @@ from qvmcore.testing.fakes import FakeContext
 LIMIT = 10.0
 SECTORS = 2048
 RAM = (MemorySpec(0x8000_0000, 4 << 20),)
+#: With it, the memory says where a ring begins, whatever SET_VRING_BASE does.
+WITHOUT_INFLIGHT = ALL_FEATURES & ~ProtocolFeature.INFLIGHT_SHMFD.mask
+#: What is used when a client knows less and less of the protocol.
+PROTOCOLS = {
+    "all": ALL_FEATURES,
+    "UML's": sum(1 << bit for bit in (3, 5, 9)),
+    "none": 0,
+}
 
 V = TypeVar("V", bound=VirtioVdev)
 

@@ -15,10 +15,7 @@ from session_kit import ServedVdev, descriptors, make_disk, rejected
 
 from qvmcore.virtio import spec
 
-OWN = 1 << 30
 VERSION_1 = 1 << spec.VIRTIO_F_VERSION_1
-PACKED = 1 << spec.VIRTIO_F_RING_PACKED
-ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK = 1, 2, 4, 8
 F_CONFIG_WCE, WCE = 1 << 11, 32
 
 

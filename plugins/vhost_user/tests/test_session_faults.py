@@ -8,13 +8,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from qvm_vhost_user.protocol import ADDRESS, NO_FD, REGION, SINGLE, STATE, U64, ProtocolFeature, Request
-from qvm_vhost_user.testing import ALL_FEATURES, Closed, Refused, Region
+from qvm_vhost_user.protocol import ADDRESS, NO_FD, REGION, SINGLE, STATE, U64, Request
+from qvm_vhost_user.testing import Closed, Refused, Region
 from qvm_vhost_user.testing_driver import USER, VhostUserDriver
 from qvm_virtio_blk.device import VirtioBlk
 from qvm_virtio_blk.testing import IN, OK, header
 from qvm_virtio_entropy import VirtioEntropy
-from session_kit import LIMIT, ServedVdev, content, descriptors, finish, make_disk, read
+from session_kit import (
+    LIMIT,
+    PROTOCOLS,
+    WITHOUT_INFLIGHT,
+    ServedVdev,
+    content,
+    descriptors,
+    finish,
+    make_disk,
+    read,
+)
 
 from qvmcore.api import ClientError, GuestMemory, MemorySpec
 from qvmcore.testing.ring import Piece, RingDriver
@@ -22,15 +32,6 @@ from qvmcore.virtio import spec
 
 VERSION_1 = 1 << spec.VIRTIO_F_VERSION_1
 OWN = 1 << 30
-WCE = 32
-#: With it, the memory says where a ring begins, whatever SET_VRING_BASE does.
-WITHOUT_INFLIGHT = ALL_FEATURES & ~ProtocolFeature.INFLIGHT_SHMFD.mask
-#: What is used when a client knows less and less of the protocol.
-PROTOCOLS = {
-    "all": ALL_FEATURES,
-    "UML's": sum(1 << bit for bit in (3, 5, 9)),
-    "none": 0,
-}
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,9 @@ run. Two drivers measure them:
 * ``driver``: this repository's own vhost-user client, which does nothing but requests: 4 KiB reads and
   writes at depth 1 and 32. Its own Python takes most of the time; it is the same for both.
 
-CPU seconds are those of the server's process. Medians over the runs; latencies in microseconds.
+The server has one processor, the guest or the client another: where the scheduler puts them makes a factor
+of three otherwise, by chance. CPU seconds are those of the server's process. Medians over the runs;
+latencies in microseconds.
 
     python tests/bench/vs_qemu_storage_daemon.py [--runs 3] [--seconds 2] [--poll 0]
         [--only linux|driver] [--json]
@@ -98,6 +100,8 @@ def server(who: str, folder: Path, image: Path, poll: int = 0) -> Iterator[tuple
             str(file),
             "--vhost-user",
             str(socket.parent),
+            "--poll",
+            str(poll),
         ]
     else:
         export = f"type=vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={socket},writable=on"
@@ -109,9 +113,17 @@ def server(who: str, folder: Path, image: Path, poll: int = 0) -> Iterator[tuple
                 if process.poll() is not None or time.monotonic() > deadline:
                     sys.exit(f"{' '.join(words)}: no socket")
                 time.sleep(0.02)
+            pin(process.pid, 1)
             yield socket, process.pid
         finally:
             process.send_signal(signal.SIGTERM)
+
+
+def pin(pid: int, processor: int) -> None:
+    """Have all threads of a process run on one processor of this machine, if it has more than one."""
+    here = sorted(os.sched_getaffinity(pid))
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(task.name), {here[processor % len(here)]})
 
 
 def cpu_seconds(pid: int) -> float:
@@ -243,13 +255,16 @@ def main() -> None:
     if arguments.only:
         kinds = {arguments.only: kinds[arguments.only]}
     samples: dict[str, dict[str, list[dict[str, Sample]]]] = {kind: {} for kind in kinds}
+    everywhere = os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory(prefix="qvm-") as name:
         image = Path(name) / "disk.img"
         image.write_bytes(os.urandom(1 << 20) * (DISK >> 20))
         for _ in range(arguments.runs):
             for kind, measure in kinds.items():
                 for who in ("qvm", "qsd"):
+                    os.sched_setaffinity(0, everywhere)
                     with server(who, Path(name), image, arguments.poll) as (socket, pid):
+                        pin(os.getpid(), 0)
                         measured = measure(socket, pid, arguments.seconds)
                         samples[kind].setdefault(who, []).append(measured)
     if arguments.json:

@@ -7,7 +7,9 @@ them beside the others; they come last here, and the reports pytest makes there 
 from __future__ import annotations
 
 import os
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ from tests.rig import machine
 from tests.rig.results import Results, Silence
 
 INSIDE = Path(__file__).parent / "inside"
-#: Seconds: for one test in the machine; without any news from it; from its start to its end.
+#: Seconds: for one test in the machine; without any word from it, which says one every few; between two looks
+#: at it; from its start to its end.
 TEST_LIMIT = 420
-PATIENCE = 450.0
+PATIENCE = 120.0
+PERIOD = 5.0
 TOTAL_LIMIT = float(os.environ.get("QVM_RIG_LIMIT", "3600"))
 #: How many machines that fell silent are replaced in one session.
 SPARE_MACHINES = 4
@@ -46,8 +50,8 @@ class Rig:
     """The machine of one session. ``problem`` says why there is none.
 
     An emulated machine with guests of its own may stand still, or its kernel panic, without any fault of
-    what is tested: no program can do that to a kernel, but QEMU's emulation of SVM can (seen with QEMU 7.2
-    and two CPUs). Such a machine is replaced, and the next one goes on with the test it was at;
+    what is tested: no program can do that to a kernel, but QEMU's emulation of SVM can (seen with QEMU 7.2).
+    Such a machine is replaced as soon as a thread sees it, and the next one goes on with the test it was at;
     when the last of them falls silent, that test fails and the rest do.
     """
 
@@ -58,16 +62,42 @@ class Rig:
         self.problem = ""
         self._wanted = [item.nodeid for item in session.items if is_inside(item)]
         self._lines = Lines(session.config)
+        self._notes: list[str] = []
         self._began = time.monotonic()
-        self._start(self._wanted)
+        self._mending = threading.Lock()
+        self._over = threading.Event()
+        self._start(self._wanted, self._lines)
+        self._results = Results(self, patience=PATIENCE)
+        if self._machine is not None:
+            threading.Thread(target=self._watch, name="rig-watch", daemon=True).start()
 
-    def _start(self, wanted: list[str]) -> None:
+    def _start(self, wanted: Sequence[str], progress: Progress) -> None:
         try:
-            self._machine = machine.start(wanted, self._lines, timeout=TEST_LIMIT)
+            self._machine = machine.start(wanted, progress, timeout=TEST_LIMIT)
         except machine.UnusableError as error:
             self.problem = str(error)
-        else:
-            self._results = Results(self, patience=PATIENCE)
+
+    def _watch(self) -> None:
+        while not self._over.wait(PERIOD):
+            self._mend()
+
+    def _mend(self) -> bool:
+        """Replace a machine that fell silent, if there is one to spare; whether there is a machine."""
+        with self._mending:
+            why = self._results.silence()
+            left = self._results.left(self._wanted)
+            if not why or not left or self._over.is_set():
+                return True
+            if not self._spare or self.problem:
+                return False
+            assert self._machine is not None
+            self._spare -= 1
+            self._machine.stop()
+            # Printed later: the terminal is the main thread's.
+            self._notes.append(f"{left[0]}: {why}; another machine went on (log: {self._machine.console})")
+            self._start(left, machine.Quiet())
+            self._results.renew()
+            return not self.problem
 
     @property
     def results(self) -> Path:
@@ -95,28 +125,27 @@ class Rig:
                 self._failed |= report.failed
                 yield report
         except Silence as silence:
-            assert self._machine is not None
-            if self._spare:
-                self._replace(item.nodeid, str(silence))
+            if self._mend():
                 yield from self.reports(item)
                 return
+            assert self._machine is not None
             self._failed = True
             self._machine.stop()
             text = f"{silence}\n--- end of {self._machine.console}\n{self._machine.tail()}"
             yield from made_up(item, "failed", text, when="teardown" if seen else "setup")
+        self._print()
 
-    def _replace(self, nodeid: str, why: str) -> None:
-        """Another machine, for this test and those behind it; the log of the old one stays."""
-        assert self._machine is not None
-        self._spare -= 1
-        self._machine.stop()
-        self._lines.note(f"{nodeid}: {why}; another machine goes on (log: {self._machine.console})")
-        self._start(self._wanted[self._wanted.index(nodeid) :])
+    def _print(self) -> None:
+        while self._notes:
+            self._lines.note(self._notes.pop(0))
 
     def close(self) -> str:
         """Stop the machine; its log stays when a test failed. Returns where that is."""
+        self._over.set()
         if self._machine is None:
             return ""
+        with self._mending:
+            self._print()
         if not self._failed:
             self._machine.close()
             return ""

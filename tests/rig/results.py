@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,39 +26,68 @@ class Running(Protocol):
 
 
 class Results:
-    """Reads the lines as they come. ``patience`` is how long nothing may be heard, in seconds."""
+    """Reads the lines as they come; any thread. ``patience`` is how long nothing may be heard, in seconds.
 
-    def __init__(
-        self, machine: Running, *, patience: float, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    The machine says something every few seconds, whatever its tests do (see ``inside/reporter.py``), so
+    silence is the machine's.
+    """
+
+    def __init__(self, machine: Running, *, patience: float, clock: Callable[[], float] = time.time) -> None:
         self._machine = machine
         self._patience = patience
         self._clock = clock
-        self._heard = clock()
-        self._offset = 0
-        self._broken: list[str] = []
-        self._ended = False
+        self._lock = threading.Lock()
         self._kept: dict[str, list[dict[str, Any]]] = {}
+        self._done: set[str] = set()
+        self.renew()
+
+    def renew(self) -> None:
+        """There is another machine, which begins with the first test that has no result."""
+        with self._lock:
+            self._offset = 0
+            self._broken: list[str] = []
+            self._ended = False
+            self._began = self._clock()
+            for nodeid in self._kept.keys() - self._done:
+                del self._kept[nodeid]
+
+    def left(self, wanted: Sequence[str]) -> Sequence[str]:
+        """From the first one on that has no result."""
+        return wanted[next((n for n, each in enumerate(wanted) if each not in self._done), len(wanted)) :]
 
     def of(self, nodeid: str, *, pause: float = 0.1) -> Iterator[dict[str, Any]]:
         """The reports of one test, serialised, up to its tear-down. Raises Silence when they do not come."""
         while True:
-            waiting = self._kept.setdefault(nodeid, [])
-            while waiting:
-                report = waiting.pop(0)
+            why = self.silence()
+            with self._lock:
+                waiting, self._kept[nodeid] = self._kept.get(nodeid, []), []
+            for report in waiting:
                 yield report
                 if report["when"] == "teardown":
                     return
+            if why and not waiting:
+                raise Silence(why)
+            time.sleep(pause)
+
+    def silence(self) -> str:
+        """Read what has come; why nothing more will, or an empty text."""
+        with self._lock:
             # Asked before reading: what a machine wrote before its end is not lost.
             alive = self._machine.alive()
             if self._read():
-                self._heard = self._clock()
-            elif not alive or self._ended:
-                raise Silence(self._why("the machine ended without a result of this test"))
-            elif self._clock() - self._heard > self._patience:
-                raise Silence(self._why(f"nothing was heard of the machine for {self._patience:g} s"))
-            else:
-                time.sleep(pause)
+                return ""
+            if not alive or self._ended:
+                return self._why("the machine ended without a result of this test")
+            # By the file's own time: what is read late was not said late.
+            if self._clock() - max(self._began, self._heard()) > self._patience:
+                return self._why(f"nothing was heard of the machine for {self._patience:g} s")
+            return ""
+
+    def _heard(self) -> float:
+        try:
+            return self._machine.results.stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
 
     def _why(self, text: str) -> str:
         return "\n".join([text, *self._broken])
@@ -87,6 +117,8 @@ class Results:
         if "report" in content:
             report = content["report"]
             self._kept.setdefault(report["nodeid"], []).append(report)
+            if report["when"] == "teardown":
+                self._done.add(report["nodeid"])
         elif "broken" in content:
             self._broken.append(content["broken"])
         elif "end" in content:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 from qvm_guests.cache import Package
 
 from tests.rig import image, machine, packages, payload
+from tests.rig.inside import reporter
 from tests.rig.inside.linux import vdev
 from tests.rig.results import Results, Silence
 
@@ -171,6 +175,52 @@ def test_a_file_that_cannot_be_imported_there_is_the_reason(tmp_path: Path) -> N
 def test_a_machine_that_falls_silent_is_given_up(tmp_path: Path) -> None:
     fake = write(tmp_path / "r", report("a", "setup"))
     fake.lives = 1000
-    times = iter(range(0, 100000, 5))
+    times = count(time.time(), 5)
     with pytest.raises(Silence, match="nothing was heard of the machine for 60 s"):
-        list(Results(fake, patience=60, clock=lambda: float(next(times))).of("a", pause=0))
+        list(Results(fake, patience=60, clock=lambda: next(times)).of("a", pause=0))
+
+
+def test_silence_is_seen_by_who_looks_and_counts_from_the_last_word(tmp_path: Path) -> None:
+    """Not from when it was read: the tests of this side may take many minutes."""
+    fake = write(tmp_path / "r", *whole("a"), {"alive": True})
+    fake.lives = 1000
+    now = time.time()
+    results = Results(fake, patience=60, clock=lambda: now)
+    now += 61
+    assert results.silence() == ""  # something new was read
+    assert results.silence() == "nothing was heard of the machine for 60 s"
+    with (tmp_path / "r").open("a") as stream:
+        stream.write('{"alive": true}\n')
+    os.utime(tmp_path / "r", (now, now))
+    assert results.silence() == results.silence() == ""
+
+
+def test_another_machine_goes_on_with_the_test_that_has_no_result(tmp_path: Path) -> None:
+    fake = write(tmp_path / "r", *whole("a"), report("b", "setup"), rest='{"rep')
+    fake.lives = 1000
+    results = Results(fake, patience=9)
+    assert results.silence() == ""
+    assert results.left(["a", "b", "c"]) == ["b", "c"]
+    fake.results = tmp_path / "other"
+    results.renew()
+    write(fake.results, *whole("b"), *whole("c"), {"end": 0})
+    assert [[each["when"] for each in results.of(nodeid)] for nodeid in "abc"] == [
+        ["setup", "call", "teardown"]
+    ] * 3
+    assert results.left(["a", "b", "c"]) == []
+
+
+def test_the_machine_says_that_it_is_alive_while_a_test_takes_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
+    monkeypatch.setattr(reporter, "BEAT", 0.01)
+    port = tmp_path / "port"
+    port.touch()
+    there = reporter.Reporter(pytestconfig, str(port))
+    deadline = time.monotonic() + 30
+    while (text := port.read_text()).count("\n") < 3:
+        assert time.monotonic() < deadline
+    monkeypatch.setattr(reporter, "BEAT", 3600)
+    assert all(json.loads(line)["alive"] for line in text.splitlines()[:3])
+    there.say(end=0)
+    assert '{"end": 0' in port.read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 import tty
 
@@ -11,10 +12,16 @@ import pytest
 
 #: Where the lines go; the machine outside collects what comes.
 PORT = os.environ.get("QVM_RIG_PORT", "/dev/ttyS1")
+#: Seconds.
+BEAT = 5.0
 
 
 class Reporter:
-    """Lines: ``{"start": id}``, ``{"report": {...}}``, ``{"broken": text}``, ``{"end": exit code}``."""
+    """Lines: ``{"start": id}``, ``{"report": {...}}``, ``{"broken": text}``, ``{"end": exit code}``.
+
+    And ``{"alive": true}`` every :data:`BEAT` seconds: whoever listens knows a machine that stands still from
+    a test that takes its time.
+    """
 
     def __init__(self, config: pytest.Config, port: str = PORT) -> None:
         self._config = config
@@ -22,12 +29,20 @@ class Reporter:
         self._out = os.open(port, os.O_WRONLY | os.O_NOCTTY)
         if os.isatty(self._out):
             tty.setraw(self._out)
+        self._lock = threading.Lock()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def _beat(self) -> None:
+        while True:
+            time.sleep(BEAT)
+            self.say(alive=True)
 
     def say(self, **line: object) -> None:
         """Write one line, all of it."""
         data = json.dumps({**line, "time": round(time.monotonic() - self._began, 2)}).encode() + b"\n"
-        while data:
-            data = data[os.write(self._out, data) :]
+        with self._lock:
+            while data:
+                data = data[os.write(self._out, data) :]
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """A test begins."""

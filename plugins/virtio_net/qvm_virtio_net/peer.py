@@ -12,7 +12,9 @@ from __future__ import annotations
 import errno
 import logging
 import socket
+from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from qvm_virtio_net import link, spec
@@ -24,6 +26,8 @@ from qvmcore.api import Worker
 RETRY_FIRST, RETRY_LAST = 0.05, 3.0
 #: Seconds a connection may take to say hello.
 HELLO_PATIENCE = 2.0
+#: Refused connections that stay open, so that their ends read why.
+MOST_REFUSED = 4
 #: Seconds after which a cable with one end only is worth a line in the log.
 LONELY = 15.0
 
@@ -47,6 +51,7 @@ class PeerLink:
         self._guest: tuple[socket.socket, Interest] | None = None
         self._peer: tuple[socket.socket, Interest] | None = None
         self._other: Hello | None = None
+        self._refused: deque[socket.socket] = deque()
         self._connections = 0
 
     @property
@@ -97,8 +102,16 @@ class PeerLink:
             self._greet(sock)
             return
         taken = f"the link is taken by {self._other.who}" if self._other else "the link is being taken"
-        self._tell(sock, Hello(VERSION, self._hello.link, self._hello.vm, self._hello.vdev, refused=taken))
-        sock.close()
+        self._refuse(sock, taken)
+
+    def _refuse(self, sock: socket.socket, why: str) -> None:
+        """Say why, and no more. Not closed yet: it would read an error instead, if it sends meanwhile."""
+        self._tell(sock, Hello(VERSION, self._hello.link, self._hello.vm, self._hello.vdev, refused=why))
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_WR)
+        self._refused.append(sock)
+        if len(self._refused) > MOST_REFUSED:
+            self._refused.popleft().close()
 
     def _tell(self, sock: socket.socket, hello: Hello) -> None:
         try:
@@ -151,8 +164,7 @@ class PeerLink:
         self._guest = None
         interest.want(read=False, write=False)
         # Refused because of what was read: the other end deserves to know, too.
-        self._tell(sock, Hello(VERSION, self._hello.link, self._hello.vm, self._hello.vdev, refused=why))
-        sock.close()
+        self._refuse(sock, why)
         self._say(why)
         if self._listener is None:
             self._again()
@@ -243,6 +255,8 @@ class PeerLink:
             if held is not None:
                 held[0].close()
         self._guest = self._peer = None
+        while self._refused:
+            self._refused.pop().close()
         listener, self._listener = self._listener, None
         if listener is not None:
             listener.close()

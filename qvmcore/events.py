@@ -20,6 +20,10 @@ from contextlib import AbstractContextManager
 log = logging.getLogger(__name__)
 
 
+#: Descriptors that one look at them tells of; the others come with the next one.
+MOST_EVENTS = 64
+
+
 def stack_of(ident: int | None) -> str:
     """Where the thread with this identifier is now, as a traceback's lines; empty when it has ended."""
     frame = sys._current_frames().get(ident or 0)
@@ -199,17 +203,27 @@ class Worker:
                 self._thread.start()
 
     def _run(self) -> None:
+        watched, wake = self._watched, self._wake.fd
+        nothing: tuple[None, None] = (None, None)
         try:
             while not self._stop:
-                for fd, events in self._look() or self._epoll.poll(self._timeout()):
-                    if fd == self._wake.fd:
+                for fd, events in self._look() or self._epoll.poll(self._timeout(), MOST_EVENTS):
+                    if fd == wake:
                         self._wake.drain()
                         continue
                     with self._turn:
                         if self._stop:
                             break
-                        self._dispatch(fd, events)
-                if not self._stop:
+                        # Looked up with the turn: a visitor may have been the one to end the watch.
+                        readable, writable = watched.get(fd, nothing)
+                        failed = events & (select.EPOLLHUP | select.EPOLLERR)
+                        if readable is not None and (events & select.EPOLLIN or failed):
+                            self._guarded(readable)
+                        if writable is not None and (
+                            events & select.EPOLLOUT or (failed and readable is None)
+                        ):
+                            self._guarded(writable)
+                if (self._calls or self._timers) and not self._stop:
                     self._run_calls()
         finally:
             self._close()
@@ -220,9 +234,9 @@ class Worker:
             return []
         poll, now = self._epoll.poll, time.perf_counter_ns
         end = now() + self._poll_ns
-        ready = poll(0)
+        ready = poll(0, MOST_EVENTS)
         while not ready and not self._calls and now() < end:
-            ready = poll(0)
+            ready = poll(0, MOST_EVENTS)
         return ready
 
     def _timeout(self) -> float | None:
@@ -233,18 +247,7 @@ class Worker:
                 return 0
             return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
 
-    def _dispatch(self, fd: int, events: int) -> None:
-        # Looked up with the turn: a visitor may have been the one to end the watch.
-        readable, writable = self._watched.get(fd, (None, None))
-        failed = events & (select.EPOLLHUP | select.EPOLLERR)
-        if readable is not None and (events & select.EPOLLIN or failed):
-            self._guarded(readable)
-        if writable is not None and (events & select.EPOLLOUT or (failed and readable is None)):
-            self._guarded(writable)
-
     def _run_calls(self) -> None:
-        if not self._calls and not self._timers:
-            return
         now = time.monotonic()
         with self._lock:
             calls, self._calls = self._calls, []

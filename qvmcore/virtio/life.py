@@ -280,18 +280,19 @@ class DeviceLife:
         kick = self._kicks.get(index)
         if kick is not None:
             # It is not ours, and nothing is read from it: its owner could make a read wait.
-            worker.watch(kick, self._server(index, lambda: None), edge=True)
+            worker.watch(kick, self._server(index), edge=True)
         if self._serves_now:
             self._at_once[index] = visitor(index, self.queue, self._vdev.serve_now, self.needs_reset)
         # Buffers offered before this came without a notification.
         doorbell.signal()
 
-    def _server(self, index: int, drain: Callable[[], object]) -> Callable[[], None]:
+    def _server(self, index: int, drain: Callable[[], object] | None = None) -> Callable[[], None]:
         """What the worker does for a ring of the doorbell: drain the queue, then one notification."""
         queues, handle = self._queues, self._vdev.handle_queue
 
         def serve() -> None:
-            drain()
+            if drain is not None:
+                drain()
             queue = queues[index]
             if queue is None or queue.dead or self._held:
                 return

@@ -243,7 +243,12 @@ class PackedQueue(RingQueue):
             self._used_flags ^= _TURN
         self._used_slot = slot
         self._used += count
-        self._pushed += 1
+        pushed = self._pushed = self._pushed + 1
+        # Everything is back and nothing new is there, as far as one look tells; or a part of a batch is.
+        if pushed == self._signal_at or (
+            pushed == self._last and self._flags[self._slot] & _BOTH != self._mark
+        ):
+            self._signal()
 
     def push_together(self, used: Sequence[tuple[Chain, int]]) -> None:
         """See :meth:`Virtqueue.push_together`: the first one, where the driver looks, is stored last."""

@@ -60,8 +60,9 @@ class Virtqueue(abc.ABC):
     def push(self, chain: Chain, written: int | None = None) -> None:
         """Hand the chain back as used, with ``written`` bytes (default: ``chain.written``).
 
-        Any order. ValueError when the chain is not a popped one of this queue or ``written``
-        exceeds its writable bytes: a bug of the device.
+        The driver learns of it at the next :meth:`notify`, or at once when a part of a batch, or all
+        that was there, is back. Any order. ValueError when the chain is not a popped one of this
+        queue or ``written`` exceeds its writable bytes: a bug of the device.
         """
 
     @abc.abstractmethod

@@ -27,6 +27,10 @@ if sys.byteorder != "little":
     raise ImportError("qvmcore.virtio reads the little-endian rings directly: little-endian hosts only")
 
 
+#: The driver is told of a batch of fewer chains once; of a larger one in so many parts.
+WHOLE, PARTS = 8, 4
+
+
 class RingQueue(Virtqueue):
     """A virtqueue between DRIVER_OK and reset, whatever its format.
 
@@ -37,8 +41,8 @@ class RingQueue(Virtqueue):
 
     __slots__ = (
         "_again", "_begin", "_budget", "_closed", "_dead", "_dropped", "_event_idx", "_fence", "_indirect",
-        "_interrupt", "_interrupts", "_last", "_more", "_newest", "_on_error", "_pushed", "_region", "_roms",
-        "_signalled", "_view",
+        "_interrupt", "_interrupts", "_last", "_more", "_newest", "_on_error", "_part", "_pushed", "_region",
+        "_roms", "_signal_at", "_signalled", "_view",
     )  # fmt: skip
 
     def __init__(
@@ -80,7 +84,9 @@ class RingQueue(Virtqueue):
         self._begin = (last, pushed)
         self._last = last  # chains popped
         self._pushed = pushed
-        self._signalled = pushed  # value of _pushed at the last notify()
+        self._signalled = pushed  # value of _pushed at the last signal
+        self._part = WHOLE  # chains after which the driver is told, though the batch goes on
+        self._signal_at = pushed + WHOLE  # value of _pushed then
         self._budget = last + self.size  # where pop() stops giving chains before the next notify()
 
     def unpop(self, chain: Chain) -> None:
@@ -114,10 +120,23 @@ class RingQueue(Virtqueue):
         if self._more:
             self._more = False
             self._again()
+        self._signal()
+
+    def _batch(self, new: int) -> None:
+        """``new`` chains are there: once they are back the driver is told, before anybody looks for more.
+
+        Of a large batch in parts, so that the driver is at work while we are.
+        """
+        self._part = new if new < WHOLE else -(-new // PARTS)
+        self._signal_at = self._pushed + self._part
+
+    def _signal(self) -> None:
+        """Interrupt the driver if it wants to know of what was pushed since the last time."""
         new = self._pushed - self._signalled
         if not new:
             return
         self._signalled = self._pushed
+        self._signal_at = self._pushed + self._part
         with self._fence:
             pass
         if self._wanted(new):

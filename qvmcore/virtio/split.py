@@ -19,7 +19,8 @@ from qvmcore.virtio.rings import SplitRings
 
 __all__ = ["SplitQueue", "SplitRings"]
 
-_DESCRIPTOR = struct.Struct("<QIHH").unpack_from
+_FORMAT = struct.Struct("<QIHH")
+_DESCRIPTOR, _ROWS = _FORMAT.unpack_from, _FORMAT.iter_unpack
 _NEXT, _WRITE, _INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
 
 
@@ -94,6 +95,10 @@ class SplitQueue(RingQueue):
                         raise BadDescriptorChain("indirect descriptor inside an indirect table")
                     self._check_table(length, flags)
                     table = view(address, length)
+                    straight = None if readers or writers or roms else self._straight(table)
+                    if straight is not None:
+                        readers, readable, writers, writable = straight
+                        break
                     entries = length >> 4
                     index = 0
                     continue
@@ -132,6 +137,36 @@ class SplitQueue(RingQueue):
         chain = self._newest = Chain(self, head, readers, readable, writers, writable)
         return chain
 
+    def _straight(self, table: memoryview) -> tuple[list[memoryview], int, list[memoryview], int] | None:
+        """Readers, their bytes, writers, theirs: of an indirect table whose entries follow one another.
+
+        As drivers make them. None for any other, also for a wrong one: :meth:`pop` goes from entry to entry.
+        """
+        view = self._view
+        start, span, ram = self._region
+        readers: list[memoryview] = []
+        writers: list[memoryview] = []
+        readable = writable = 0
+        for count, (address, length, flags, following) in enumerate(_ROWS(table), 1):
+            offset = address - start
+            end = offset + length
+            if flags & _INDIRECT or not length or count > self.size:
+                return None
+            buffer = ram[offset:end] if offset >= 0 and end <= span else view(address, length)
+            if flags & _WRITE:
+                writable += length
+                writers.append(buffer)
+            elif writers:
+                return None
+            else:
+                readable += length
+                readers.append(buffer)
+            if not flags & _NEXT:
+                return readers, readable, writers, writable
+            if following != count:
+                return None
+        return None
+
     def push(self, chain: Chain, written: int | None = None) -> None:
         """See :meth:`Virtqueue.push`. The element is stored before the index that shows it (2.7.8.2)."""
         if self._dead:
@@ -152,6 +187,8 @@ class SplitQueue(RingQueue):
         self._elements[pushed & self._mask] = chain.head | written << 32
         self._pushed = pushed = pushed + 1
         self._used[1] = pushed & 0xFFFF
+        if pushed == self._signal_at:
+            self._signal()
 
     def push_together(self, used: Sequence[tuple[Chain, int]]) -> None:
         """See :meth:`Virtqueue.push_together`: all elements, then the one index that shows them."""
@@ -203,6 +240,7 @@ class SplitQueue(RingQueue):
         # A driver may offer as fast as the device serves: a queue's worth, then others get a turn.
         self._offered = min(last + new, self._budget)
         self._more = self._offered == last
+        self._batch(new)
         return not self._more
 
     def _wanted(self, new: int) -> bool:

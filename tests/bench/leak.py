@@ -28,7 +28,7 @@ _ring = importlib.import_module("ring")
 DEPTH: int = _ring.DEPTH
 disk, queue_batch = _ring.disk, _ring.queue_batch
 
-#: Bytes that may come and go by themselves: a worker in epoll_wait holds 12 KiB for its answer.
+#: Bytes that may come and go by themselves: a worker in epoll_wait holds room for its answer.
 SLACK = 16 << 10
 WARM = 200
 

@@ -59,8 +59,8 @@ class RingModel(RuleBasedStateMachine):
             self.fast_forward(65536 - start)
 
     def fast_forward(self, count: int) -> None:
-        self.queue._budget = count + self.driver.size
-        self.queue._last = self.queue._offered = self.queue._pushed = self.queue._signalled = count
+        self.queue._start(count, count)
+        self.queue._offered = count
         self.driver.avail_idx = self.driver.published = self.driver.last_used = count
         self.driver.publish()
         self.driver.write16(self.driver.used + 2, count)
@@ -139,6 +139,8 @@ class RingModel(RuleBasedStateMachine):
         self.given_back[request.head] = (request, written, data[:written])
         self.pushed += 1
         self.silent += 1
+        if self.queue._signalled == self.queue._pushed:
+            self.told()  # before notify(): a part of a batch, or all there was
 
     @rule()
     def notify(self) -> None:
@@ -147,6 +149,9 @@ class RingModel(RuleBasedStateMachine):
 
     def notified(self) -> None:
         self.budget = self.driver.size
+        self.told()
+
+    def told(self) -> None:
         if self.silent:
             if self.driver.event_idx:
                 new = range(self.pushed - self.silent, self.pushed)

@@ -512,13 +512,44 @@ def test_a_driver_that_never_stops_offering_gets_a_queue_at_a_time() -> None:
         bench.driver.reap()
         bench.driver.add([b"x"])
         bench.driver.publish()
-    assert (served, bench.again, bench.interrupts) == (SIZE, 0, 0)
+    # Each was all there was.
+    assert (served, bench.again, bench.interrupts) == (SIZE, 0, SIZE)
     assert bench.queue.pop() is None
     bench.queue.notify()
     bench.queue.notify()
-    assert (bench.again, bench.interrupts) == (1, 1)
+    assert (bench.again, bench.interrupts) == (1, SIZE)
     assert bench.serve() == 1
     assert bench.again == 1
+
+
+@pytest.mark.parametrize(("batch", "told"), [(1, [1]), (2, [2]), (8, [8]), (20, [8, 16, 20])])
+def test_2_8_the_driver_is_told_when_everything_is_back_and_of_parts_before(
+    batch: int, told: list[int]
+) -> None:
+    bench = Bench(size=32)
+    for _ in range(batch):
+        bench.driver.submit([b"x"])
+    when = []
+    for number in range(1, batch + 1):
+        chain, before = bench.popped(), bench.interrupts
+        bench.queue.push(chain)
+        when += [number] * (bench.interrupts - before)
+    assert when == told
+    bench.queue.notify()
+    assert bench.interrupts == len(told)
+
+
+def test_2_8_what_comes_back_late_is_told_together() -> None:
+    """Of a device that serves elsewhere: it says itself, by notify(), when a batch of answers is complete."""
+    bench = Bench()
+    for _ in range(4):
+        bench.driver.submit([b"x"])
+    chains = [bench.popped() for _ in range(4)]
+    for chain in chains[:3]:
+        bench.queue.push(chain)
+    assert bench.interrupts == 0
+    bench.queue.notify()
+    assert bench.interrupts == 1
 
 
 # ---- the areas, 2.8.10.1 ------------------------------------------------------------------------------

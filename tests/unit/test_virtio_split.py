@@ -620,14 +620,50 @@ def test_a_driver_that_never_stops_offering_gets_a_queue_at_a_time(features: int
         bench.queue.push(chain)
         bench.driver.offer(0)
         bench.driver.publish()
-    assert (served, bench.again, bench.interrupts) == (SIZE, 0, 0)
+    # Each was a batch of its own; with EVENT_IDX this driver asked for the first only.
+    told = 1 if features else SIZE
+    assert (served, bench.again, bench.interrupts) == (SIZE, 0, told)
     assert bench.queue.pop() is None
     bench.queue.notify()
     bench.queue.notify()
-    assert (bench.again, bench.interrupts) == (1, 1)
+    assert (bench.again, bench.interrupts) == (1, told)
     assert bench.serve() == 1
     bench.queue.notify()
     assert bench.again == 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "told"),
+    [(1, [1]), (2, [2]), (7, [7]), (8, [2, 4, 6, 8]), (16, [4, 8, 12, 16]), (18, [5, 10, 15])],
+)
+def test_2_7_8_the_driver_is_told_of_a_batch_before_the_device_looks_for_more(
+    batch: int, told: list[int]
+) -> None:
+    """Of a large one in four parts: it goes on with the first while the others are served."""
+    bench = Bench(size=32)
+    for _ in range(batch):
+        bench.driver.submit([b"x"])
+    when = []
+    for number in range(1, batch + 1):
+        chain = bench.queue.pop()
+        assert chain is not None
+        before = bench.interrupts
+        bench.queue.push(chain)
+        when += [number] * (bench.interrupts - before)
+    assert when == told
+    bench.queue.notify()
+    assert bench.interrupts == len(told) + (batch not in told), (
+        "what was left is told at the end, nothing twice"
+    )
+
+
+def test_2_7_7_2_the_driver_is_not_told_of_a_part_it_does_not_want() -> None:
+    bench = Bench(EVENT_IDX, size=32)
+    for _ in range(16):
+        bench.driver.submit([b"x"])
+    bench.driver.set_used_event(9)
+    assert bench.serve() == 16
+    assert bench.interrupts == 1
 
 
 def test_the_device_comes_back_for_a_chain_given_back_at_the_limit() -> None:

@@ -19,6 +19,7 @@ from qvm_virtio_blk.request import (
     Request,
     RequestError,
     parse,
+    where,
 )
 from qvm_virtio_blk.session import Session, answer, fill, reason
 from qvm_virtio_blk.stats import Stats
@@ -165,9 +166,9 @@ class VirtioBlk(VirtioVdev):
             self._remote.serve(index, queue)
             return
         backend, session = self._backend, self._session
-        self._check_size(backend)
         capacity, seg_max, features = backend.size, session.seg_max, session.features
         read, push = backend.read, queue.push
+        measured = False
         reads = moved = 0
         try:
             for chain in queue:
@@ -181,6 +182,10 @@ class VirtioBlk(VirtioVdev):
                         moved += length
                         written = length + 1
                     else:
+                        if not measured:
+                            # A write behind the end of a file that has shrunk would have it grow again.
+                            measured = True
+                            self._check_size(backend)
                         written = self._serve(backend, request)
                     status = spec.S_OK
                 except RequestError as error:
@@ -189,6 +194,7 @@ class VirtioBlk(VirtioVdev):
                 except OSError as error:
                     status = spec.S_IOERR
                     self._stats.failed(session.name, reason(error))
+                    self._check_size(backend)
                 # As answer() does, without the call.
                 last = chain.writers[-1]
                 last[len(last) - 1] = status
@@ -196,14 +202,16 @@ class VirtioBlk(VirtioVdev):
         finally:
             self._stats.reads += reads
             self._stats.bytes_read += moved
+        if not measured:
+            self._check_size(backend)  # a read behind the end fails by itself: this can wait until now
 
     def serve_now(self, index: int, queue: Virtqueue) -> bool:
         """Reads from and writes into the host's page cache. Everything else, errors too, is the worker's."""
         backend, session, stats = self._backend, self._session, self._stats
         if index >= self._queues or not backend.quick:
             return False
-        self._check_size(backend)
         may_write = not (session.readonly or session.durable)
+        measured = False
         capacity, seg_max, features = backend.size, session.seg_max, session.features
         for chain in queue:
             done = 0
@@ -214,9 +222,13 @@ class VirtioBlk(VirtioVdev):
                         done = length + 1
                         stats.reads += 1
                         stats.bytes_read += length
-                elif kind == spec.T_OUT and may_write and backend.write_now(offset, length, views):
-                    done = 1
-                    stats.count(kind, length)
+                elif kind == spec.T_OUT and may_write:
+                    if not measured:
+                        measured = True
+                        self._check_size(backend)
+                    if offset + length <= backend.size and backend.write_now(offset, length, views):
+                        done = 1
+                        stats.count(kind, length)
             except (RequestError, OSError):
                 pass  # the worker meets it again, and says so
             except BaseException:
@@ -226,10 +238,15 @@ class VirtioBlk(VirtioVdev):
                 queue.unpop(chain)
                 return False
             answer(queue, chain, spec.S_OK, done)
+        if not measured:
+            self._check_size(backend)
         return True
 
     def _serve(self, backend: Backend, request: Request) -> int:
-        """Everything but a read; returns the bytes written into the chain, the status included."""
+        """Everything but a read; returns the bytes written into the chain, the status included.
+
+        The disk may be smaller now than when the request was parsed.
+        """
         kind, offset, length, views, segments = request
         session = self._session
         if kind == spec.T_GET_ID:
@@ -238,12 +255,17 @@ class VirtioBlk(VirtioVdev):
         if kind == spec.T_OUT:
             if session.readonly:
                 raise RequestError(spec.S_IOERR, "write to a read-only disk")
+            if offset + length > backend.size:
+                raise RequestError(spec.S_IOERR, where(offset, length, backend.size))
             backend.write(offset, length, views, durable=session.durable)
         elif kind == spec.T_FLUSH:
             if not session.readonly:
                 backend.flush()
         else:
             # The parser lets these pass only when they were negotiated, so the disk is writable.
+            for at, size, _ in segments:
+                if at + size > backend.size:
+                    raise RequestError(spec.S_IOERR, where(at, size, backend.size))
             for at, size, unmap in segments:
                 if kind == spec.T_DISCARD:
                     backend.discard(at, size)

@@ -143,7 +143,7 @@ def _ranges(kind: int, chain: Chain, capacity: int, most: int, most_sectors: int
         if count > most_sectors:
             raise RequestError(S_IOERR, f"a segment of {count} sectors, more than {most_sectors}")
         if (sector + count) * SECTOR > capacity:
-            raise RequestError(S_IOERR, _where(sector * SECTOR, count * SECTOR, capacity))
+            raise RequestError(S_IOERR, where(sector * SECTOR, count * SECTOR, capacity))
         # A range of no sectors inside of the disk breaks no rule, and there is nothing to do for it.
         if count:
             segments.append(Segment(sector * SECTOR, count * SECTOR, bool(flags)))
@@ -157,8 +157,9 @@ def _why(offset: int, length: int, capacity: int, segments: int, seg_max: int) -
         return f"{segments} data segments, more than seg_max {seg_max}"
     if length > MAX_REQUEST:
         return f"{length} bytes in one request, more than {MAX_REQUEST}"
-    return _where(offset, length, capacity)
+    return where(offset, length, capacity)
 
 
-def _where(offset: int, length: int, capacity: int) -> str:
+def where(offset: int, length: int, capacity: int) -> str:
+    """For the log: what lies outside of the disk."""
     return f"{length} bytes at sector {offset // SECTOR} of {capacity // SECTOR}"

@@ -66,8 +66,10 @@ class Guest:
         return self.io([header(kind), b"".join(segments)], [1])[0]
 
     def alive(self) -> bool:
-        """Whether the disk serves a good request, and its plugin never failed."""
-        return self.read(0)[0] == OK and not self.device.ctx.faults
+        """Whether the disk serves a good request, and its plugin never failed, also not after it."""
+        served = self.read(0)[0] == OK
+        self.device.settle()
+        return served and not self.device.ctx.faults
 
 
 #: ``start(device, features=None)``: a guest on a plugged disk.

@@ -46,6 +46,8 @@ class Pass(PciVdev):
         self._view: View | None = None
         self._function: PciFunction | None = None
         self._interrupts: Interrupts | None = None
+        #: Bytes that may be mapped into the guest, as far as we know.
+        self._direct = 0
         self._reads = self._writes = self._failures = self._resets = 0
 
     @classmethod
@@ -100,8 +102,8 @@ class Pass(PciVdev):
         assert self._view is not None
         self._function = function
         function.on_bus_master = self._bus_master
-        mapped = any(bar.direct for bar in self._view.bars)
-        self._interrupts = Interrupts(self.ctx, self._hardware, function, self._failed, mapped=mapped)
+        self._direct = sum(part.size for bar in self._view.bars for part in bar.direct)
+        self._interrupts = Interrupts(self.ctx, self._hardware, function, self._failed, self._mapped)
 
     def on_starting(self) -> None:
         """The guest's memory for its DMA, its registers decoded, INTx. Raises HostError."""
@@ -126,7 +128,7 @@ class Pass(PciVdev):
                 value = hardware.bar_read(self._bar(window), offset, size)
             except HardwareError as error:
                 self._failed(error)
-            self._look_at_line()
+            self._accessed(window, offset)
         return value
 
     def mmio_write(self, window: int, offset: int, size: int, value: int) -> None:
@@ -138,11 +140,19 @@ class Pass(PciVdev):
                 hardware.bar_write(self._bar(window), offset, size, value)
             except HardwareError as error:
                 self._failed(error)
-            self._look_at_line()
+            self._accessed(window, offset)
 
-    def _look_at_line(self) -> None:
+    def _accessed(self, window: int, offset: int) -> None:
+        if self._direct:
+            assert self._view is not None
+            parts = self._view.bars[window].direct
+            if any(part.offset <= offset < part.offset + part.size for part in parts):
+                self._direct = 0  # the engine does not map them, or this would not have come here
         if self._interrupts is not None:
             self._interrupts.look()
+
+    def _mapped(self) -> bool:
+        return self._direct > 0
 
     def _bar(self, window: int) -> int:
         assert self._view is not None
@@ -221,7 +231,7 @@ class Pass(PciVdev):
             "id": f"{view.identity.vendor:04x}:{view.identity.device:04x}",
             "class": f"{view.class_code:06x}",
             "vectors": view.vectors,
-            "direct": sum(part.size for bar in view.bars for part in bar.direct),
+            "direct": self._direct,
             "hidden": view.hidden,
             "reads": self._reads,
             "writes": self._writes,

@@ -25,7 +25,8 @@ _LOOK_AGAIN = 0.02
 class Interrupts:
     """Runs under the slot's lock, except :meth:`silence` and :meth:`status`, which any thread may call.
 
-    ``mapped``: the guest may reach registers without us. ``failed`` is told what the device refused.
+    ``mapped()``: whether the guest may reach registers without us. ``failed`` is told what the device
+    refused.
     """
 
     def __init__(
@@ -34,8 +35,7 @@ class Interrupts:
         hardware: VfioHardware,
         function: PciFunction,
         failed: Callable[[HardwareError], None],
-        *,
-        mapped: bool,
+        mapped: Callable[[], bool],
     ) -> None:
         self._ctx = ctx
         self._hardware = hardware
@@ -152,7 +152,7 @@ class Interrupts:
         if self._hardware.take(fd):
             self._high = True
             self._ctx.irq().set(True)
-            if self._mapped:
+            if self._mapped():
                 self._ctx.worker.call_later(_LOOK_AGAIN, self.look)
 
     def look(self) -> None:

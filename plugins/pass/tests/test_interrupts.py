@@ -308,6 +308,22 @@ def test_a_mapped_device_whose_line_the_engine_does_not_take_is_looked_at_again(
     assert guest.plugged.irq.wait(2)
 
 
+def test_where_accesses_come_to_us_the_line_falls_at_the_next_one_only(driven: Any) -> None:
+    """The engine does not map what it may map."""
+    guest = driven(FakeFunction(vectors=0), levels=False)
+    base = guest.device.bars[0][0] + 0x1000
+    guest.plugged.bus.read(base, 4)
+    assert guest.fire(structs.INTX)
+    assert guest.plugged.irq.wait(1)
+    later: list[int] = []
+    guest.plugged.ctx.worker.call_later(0.1, lambda: later.append(guest.plugged.irq.level))
+    while not later:
+        guest.settle()
+    assert later == [True]
+    guest.plugged.bus.read(base, 4)
+    assert not guest.line
+
+
 def test_kinds_replace_each_other(driven: Any) -> None:
     guest = driven()
     seen = [guest.ways[0]]

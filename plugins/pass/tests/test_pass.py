@@ -157,9 +157,12 @@ def test_whole_pages_without_the_vector_table_may_be_mapped(passed: Any) -> None
     plugged = passed()
     (part,) = parts_of(plugged)
     assert (part.offset, part.size) == (0x1000, 0x3000)
+    assert plugged.vdev.status()["direct"] == 0x3000
+    plugged.bus.read(device_of(plugged).bars[0][0] + 0xFFC, 4)
+    assert plugged.vdev.status()["direct"] == 0x3000
     plugged.bus.write(device_of(plugged).bars[0][0] + 0x1010, 4, 0xCAFE)
     assert ctypes.string_at(part.host_address + 0x10, 4) == b"\xfe\xca\0\0"
-    assert plugged.vdev.status()["direct"] == 0x3000
+    assert plugged.vdev.status()["direct"] == 0, "an engine that maps it does not bring such an access here"
 
 
 def test_mapped_registers_are_covered_when_the_device_is_taken_away(passed: Any) -> None:

@@ -185,6 +185,21 @@ def test_nothing_is_mapped_where_the_user_does_not_want_it(passed: Any) -> None:
     assert parts_of(passed(direct=False)) == ()
 
 
+def test_registers_are_covered_even_if_the_interrupts_cannot_be_ended(passed: Any) -> None:
+    plugged = passed()
+    (part,) = parts_of(plugged)
+    (hardware,) = plugged.vdev.hardware()
+
+    def fail() -> None:
+        raise RuntimeError("KVM is broken")
+
+    hardware.on_revoke = fail
+    with pytest.raises(RuntimeError):
+        hardware.revoke()
+    with pytest.raises(OSError, match="Bad address"):
+        os.preadv(hardware.device.fd, [(ctypes.c_char * 16).from_address(part.host_address)], 0)
+
+
 @pytest.mark.parametrize("vectors", [0, 4])
 def test_a_mapped_device_has_its_intx(passed: Any, vectors: int) -> None:
     plugged = passed(FakeFunction(vectors=vectors))

@@ -128,12 +128,14 @@ class VfioHardware:
     def revoke(self) -> None:
         """Whoever passes accesses of a guest on looks at :attr:`revoked`; what is mapped is covered."""
         self.revoked = self._irqs.revoked = True
-        self.on_revoke()
-        for address, size in self._direct:
-            try:
-                self._kernel.cover(address, size)
-            except OSError as error:
-                raise failed(f"{self.name}: its registers stay mapped", error) from error
+        try:
+            self.on_revoke()
+        finally:
+            for address, size in self._direct:
+                try:
+                    self._kernel.cover(address, size)
+                except OSError as error:
+                    raise failed(f"{self.name}: its registers stay mapped", error) from error
 
     def drop_interrupts(self) -> None:
         """Disconnect INTx, MSI and MSI-X."""

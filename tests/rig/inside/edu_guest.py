@@ -17,6 +17,8 @@ WRITTEN, SIZE = 0x41000, 2048
 _CANARY = slice(WRITTEN + 64, WRITTEN + SIZE)
 #: Where the guest tells the device to write once though it has no memory there.
 NOWHERE = 0x3000_0000
+#: The interrupt of its message.
+MESSAGE = 120
 _MEMORY = 8 << 20
 _ORDER_AT = 8
 
@@ -30,6 +32,11 @@ ram = "8M"
 [load]
 kernel = "{kernel}"
 format = "raw"
+
+[[vdev]]
+type = "pl011"
+name = "uart0"
+hostdev = "file:{console}"
 """
 
 
@@ -95,12 +102,13 @@ def code() -> bytes:
 
 
 def machine(folder: Path, order: Order, vdevs: str) -> Path:
-    """Write the program and a VM file that runs it; its console is on stdio."""
+    """Write the program and a VM file that runs it. What it says goes to the file ``console``: on a terminal
+    qvm's own lines come between."""
     image = bytearray(code())
     image[_ORDER_AT] = order
     (folder / "guest.bin").write_bytes(image)
     path = folder / "vm.toml"
-    path.write_text(_MACHINE.format(kernel=folder / "guest.bin") + vdevs)
+    path.write_text(_MACHINE.format(kernel=folder / "guest.bin", console=folder / "console") + vdevs)
     return path
 
 

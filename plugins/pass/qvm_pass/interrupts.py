@@ -18,8 +18,8 @@ from qvm_pass.msi import Messages
 from qvmcore.api import PciFunction, VdevContext, Way
 
 _NAMES = {structs.INTX: "INTx", structs.MSI: "MSI", structs.MSIX: "MSI-X"}
-#: Seconds until a line is looked at again whose end we may not see, because registers are mapped.
-_LOOK_AGAIN = 0.02
+#: Seconds until a line may come again whose end we do not see, because registers are mapped.
+_COMES_AGAIN = 0.002
 
 
 class Interrupts:
@@ -149,11 +149,19 @@ class Interrupts:
 
     def _raise(self, fd: int) -> None:
         """The device's line is high, and masked in the kernel until we unmask it (worker thread)."""
-        if self._hardware.take(fd):
+        if not self._hardware.take(fd):
+            return
+        if self._mapped():
+            # Held, it would interrupt for ever a guest that has served it long ago.
+            self._ctx.irq().pulse()
+            self._ctx.worker.call_later(_COMES_AGAIN, self._again)
+        else:
             self._high = True
             self._ctx.irq().set(True)
-            if self._mapped():
-                self._ctx.worker.call_later(_LOOK_AGAIN, self.look)
+
+    def _again(self) -> None:
+        if self._connected == (structs.INTX, 1) and not self._hardware.revoked:
+            self._unmask()
 
     def look(self) -> None:
         """An access may have been the one that quietens the device. If not, its line comes again."""

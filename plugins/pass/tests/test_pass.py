@@ -298,7 +298,7 @@ def test_the_number_of_vectors_is_the_device_s_up_to_the_option(
 
 
 def test_intx_holds_its_level_until_the_guest_looks_at_the_device(passed: Any) -> None:
-    plugged = passed(FakeFunction(vectors=0))
+    plugged = passed(FakeFunction(vectors=0), direct=False)
     kernel, base = host_of(plugged), device_of(plugged).bars[0][0]
     assert kernel.fire(structs.INTX)
     plugged.settle()

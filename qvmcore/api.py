@@ -28,6 +28,7 @@ from qvmcore.pci.bar import Bar
 from qvmcore.pci.capability import Capability, ConfigWindow
 from qvmcore.pci.function import FunctionPort, PciFunction
 from qvmcore.pci.interrupts import PciInterrupts
+from qvmcore.pci.sources import Way
 from qvmcore.pci.vdev import BarWindow, PciVdev
 from qvmcore.server import Served, Server, Session
 from qvmcore.termination import Phase, TerminationCallback
@@ -115,6 +116,7 @@ __all__ = [
     "VdevSpec",
     "VirtioVdev",
     "Virtqueue",
+    "Way",
     "Window",
     "Worker",
     "hookimpl",

@@ -46,8 +46,11 @@ class PciBinding:
 
     def bind_functions(self, guest: Guest, bus: AddressSpace, ports: AddressSpace | None = None) -> None:
         """When every vdev is configured. Raises PluginError for an impossible function."""
-        bridge = HostBridge(bus, self._pci.apertures, guest.signal_msi)
-        lines = {intr: SharedLine(guest.irq_line(intr)) for intr in set(self._routes.values())}
+        bridge = HostBridge(bus, self._pci.apertures, guest.signal_msi, guest.listen)
+        lines = {
+            intr: SharedLine(guest.irq_line(intr), partial(guest.listen_level, intr))
+            for intr in set(self._routes.values())
+        }
         for slot in self._slots:
             address = slot.spec.pci
             assert address is not None

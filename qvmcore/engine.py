@@ -100,6 +100,20 @@ class Guest(Protocol):
         The guest chose both, so what is not a line of the MSI frame is dropped.
         """
 
+    def listen(self, fd: int, address: int, data: int) -> Callable[[], None] | None:
+        """From now on every signal of the eventfd ``fd`` is that message, without a thread of ours.
+
+        Also for a count that is in it now, which stays there. What comes back ends it: no message comes
+        once it returns, and later counts stay in the eventfd; it is idempotent. None when this cannot be
+        done, or not now, or the message is none. Any thread, never blocks.
+        """
+
+    def listen_level(self, intr: IntrSpec, fd: int, resample: int) -> Callable[[], None] | None:
+        """A signal of ``fd`` raises a line until the guest has served it; ``resample`` is signalled then.
+
+        The line is the wired-or of this and of :meth:`irq_line`'s. Else as :meth:`listen`.
+        """
+
     def start(self, entry: CpuEntry) -> None:
         """Start the vCPU threads and return."""
 

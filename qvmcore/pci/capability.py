@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from qvmcore.types import MmioHandler
@@ -27,13 +28,15 @@ class Capability:
 
     ``writable`` is a mask over ``body``: a set bit is one that the guest may change; missing bytes
     count as 0. A vendor capability (``kind`` 0x09) puts its own length into ``body[0]``, as the
-    standard asks. ``window``, if any, lies within the capability.
+    standard asks. ``window``, if any, lies within the capability. ``written`` is told all its bytes after a
+    write to any of them, and after a reset of the function; on a vCPU thread with the function's lock held.
     """
 
     kind: int
     body: bytes
     writable: bytes = b""
     window: ConfigWindow | None = None
+    written: Callable[[bytes], None] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.kind <= 0xFF:

@@ -172,6 +172,9 @@ class PciFunction:
                 self.on_bus_master(False)
             self.interrupts.reset()
             self._place_bars()
+            for first, behind, capability in self._layout.told:
+                if capability.written is not None:
+                    capability.written(bytes(self._bytes[first:behind]))
 
     # ---- inside ------------------------------------------------------------------------------------
 
@@ -186,6 +189,9 @@ class PciFunction:
         control = self._layout.msix_control
         if control is not None and start < control + 2 and end > control:
             self.interrupts.set_control(int.from_bytes(self._bytes[control : control + 2], "little"))
+        for first, behind, capability in self._layout.told:
+            if start < behind and end > first and capability.written is not None:
+                capability.written(bytes(self._bytes[first:behind]))
 
     def _place_bars(self) -> None:
         enabled = self._bytes[spec.COMMAND] & spec.COMMAND_MEMORY

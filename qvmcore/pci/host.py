@@ -18,6 +18,7 @@ from qvmcore.pci import spec
 from qvmcore.pci.bar import Bar
 from qvmcore.pci.function import PciFunction
 from qvmcore.pci.intx import SharedLine
+from qvmcore.pci.sources import Stop
 from qvmcore.types import MmioHandler, PciAddress, PciId, Window
 
 log = logging.getLogger("qvm.pci")
@@ -43,7 +44,8 @@ class _Wanted:
 class HostBridge:
     """Bus 0 with the host bridge at 00:00.0. Build on the main thread, :meth:`start`, then any thread.
 
-    ``apertures`` are the (base, size) ranges BARs may be placed in; ``message`` takes MSI messages.
+    ``apertures`` are the (base, size) ranges BARs may be placed in; ``message`` takes MSI messages, and
+    ``listen(fd, address, data)`` eventfds that stand for one.
     """
 
     def __init__(
@@ -51,10 +53,12 @@ class HostBridge:
         bus: AddressSpace,
         apertures: Sequence[tuple[int, int]],
         message: Callable[[int, int], None],
+        listen: Callable[[int, int, int], Stop | None] = lambda fd, address, data: None,
     ) -> None:
         self._bus = bus
         self._apertures = apertures
         self.message = message
+        self.listen = listen
         self._functions: dict[PciAddress, tuple[PciFunction, MmioHandler, SharedLine | None, str]] = {}
         self._table: list[MmioHandler | None] = [None] * (spec.DEVICES * spec.FUNCTIONS)
         self._lock = threading.Lock()
@@ -162,6 +166,14 @@ class _Port:
         """Signal the shared line once."""
         if self._intx is not None:
             self._intx.pulse()
+
+    def listen(self, fd: int, address: int, data: int) -> Stop | None:
+        """A message by an eventfd."""
+        return self._bridge.listen(fd, address, data)
+
+    def listen_intx(self, fd: int, resample: int) -> Stop | None:
+        """The shared line by an eventfd."""
+        return self._intx.listen(fd, resample) if self._intx is not None else None
 
     def place(self, bar: Bar, address: int | None) -> None:
         """Decode the BAR there."""

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from qvmcore.irq import IrqLine
+from qvmcore.pci.sources import Stop
 
 
 class SharedLine:
-    """One input of the interrupt controller with several drivers. Safe from any thread."""
+    """One input of the interrupt controller with several drivers. Safe from any thread.
 
-    def __init__(self, line: IrqLine) -> None:
+    ``listen(fd, resample)`` has the engine drive it by an eventfd; it ors that with what comes from here.
+    """
+
+    def __init__(
+        self, line: IrqLine, listen: Callable[[int, int], Stop | None] = lambda fd, resample: None
+    ) -> None:
         self._line = line
+        self.listen = listen
         self._lock = threading.Lock()
         self._high: set[object] = set()
 

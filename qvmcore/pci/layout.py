@@ -30,6 +30,8 @@ class ConfigLayout:
         self.mask = bytearray(spec.CONFIG_SIZE)
         #: (start, end, handler) of ranges answered by a handler.
         self.windows: list[tuple[int, int, MmioHandler]] = []
+        #: (start, end, capability) of those that are told of writes.
+        self.told: list[tuple[int, int, Capability]] = []
         #: Offset of the MSI-X Message Control register.
         self.msix_control: int | None = None
         self._taken = bytearray(b"\1" * spec.HEADER_END + bytes(spec.EXTENDED_SIZE - spec.HEADER_END))
@@ -90,6 +92,8 @@ class ConfigLayout:
             self._offsets.append((capability, at))
             if capability.kind == spec.CAP_MSIX:
                 self.msix_control = at + 2
+            if capability.written is not None:
+                self.told.append((at, end, capability))
             window = capability.window
             if window is not None:
                 start = at + window.start

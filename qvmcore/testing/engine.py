@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 from qvmcore.api import CpuEntry, GuestConfig, GuestEnd, IntrSpec, Reason
+from qvmcore.testing.fake_listening import FakeListening
 from qvmcore.testing.fakes import FakeIrq
 
 Script = Callable[["ScriptedGuest"], None]
@@ -31,6 +32,7 @@ class ScriptedGuest:
         self.irqs: dict[int, FakeIrq] = {}
         #: The messages devices have sent: (address, data).
         self.messages: list[tuple[int, int]] = []
+        self.listening = FakeListening()
         self.stopping = threading.Event()
         self.closed = False
         self.pauses = 0
@@ -68,6 +70,14 @@ class ScriptedGuest:
     def signal_msi(self, address: int, data: int) -> None:
         """Remember the message."""
         self.messages.append((address, data))
+
+    def listen(self, fd: int, address: int, data: int) -> Callable[[], None] | None:
+        """As the guest's :attr:`listening` has it, which listens to nothing by default."""
+        return self.listening.listen(fd, address, data)
+
+    def listen_level(self, intr: IntrSpec, fd: int, resample: int) -> Callable[[], None] | None:
+        """Likewise; all lines are one."""
+        return self.listening.listen_level(fd, resample)
 
     def start(self, entry: CpuEntry) -> None:
         """Run the script on its thread."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from qvmcore.errors import EngineError
@@ -69,6 +71,34 @@ class InterruptContract(EngineKit):
                 server.guest.signal_msi(*message)
                 assert server.wait_count(number, count), f"message {message} was lost"
         assert [server.count(number) for number in numbers] == [20] * len(numbers)
+        server.finish(lambda: server.guest.signal_msi(*self.arch.messages[0]))
+
+    def test_an_eventfd_it_listens_to_is_one_interrupt_for_each_signal(self, server: AccessServer) -> None:
+        """And none once it does not; an engine that cannot listen leaves the counts alone."""
+        number = self.arch.enable_message(server, 0)
+        server.begin(Order.SLEEP)
+        fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        try:
+            sent = 0
+            for _ in range(5):
+                stop = server.guest.listen(fd, *self.arch.messages[0])
+                if stop is None:
+                    break
+                for _ in range(4):
+                    os.eventfd_write(fd, 1)
+                    sent += 1
+                    assert server.wait_count(number, sent), f"signal {sent} was lost"
+                stop()
+                stop()
+            os.eventfd_write(fd, 1)
+            server.guest.signal_msi(*self.arch.messages[0])
+            assert server.wait_count(number, sent + 1)
+            assert os.eventfd_read(fd) == 1, "somebody took a count that is not his"
+            assert server.count(number) == sent + 1
+            for address, data in self.arch.foreign:
+                assert server.guest.listen(fd, address, data) is None
+        finally:
+            os.close(fd)
         server.finish(lambda: server.guest.signal_msi(*self.arch.messages[0]))
 
     def test_a_message_to_elsewhere_is_dropped(self, server: AccessServer) -> None:

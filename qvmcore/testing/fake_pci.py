@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from qvmcore.bus import AddressSpace, Mapped
 from qvmcore.pci.bar import Bar
 from qvmcore.pci.function import PciFunction
+from qvmcore.pci.sources import Stop
+from qvmcore.testing.fake_listening import FakeListening
 from qvmcore.types import MmioHandler
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ class FakePciBus:
         self.function = function
         self.messages: list[tuple[int, int]] = []
         self.refused: list[tuple[int, int]] = []
+        self.listening = FakeListening(self.messages)
         self._bus = bus
         self._irq = irq
         self._owner = owner
@@ -53,6 +56,14 @@ class FakePciBus:
     def pulse_intx(self) -> None:
         """One edge of ``INTA#``."""
         self._irq.pulse()
+
+    def listen(self, fd: int, address: int, data: int) -> Stop | None:
+        """As :attr:`listening` has it, which listens to nothing by default."""
+        return self.listening.listen(fd, address, data)
+
+    def listen_intx(self, fd: int, resample: int) -> Stop | None:
+        """Likewise."""
+        return self.listening.listen_level(fd, resample)
 
     def place(self, bar: Bar, address: int | None) -> None:
         """The guest moved a BAR."""

@@ -45,6 +45,10 @@ class _Port:
     def pulse_intx(self) -> None:
         assert not self.intx
 
+    def listen(self, fd: int, address: int, data: int) -> None: ...
+
+    def listen_intx(self, fd: int, resample: int) -> None: ...
+
 
 def pci_function(data: bytes) -> None:
     """Any configuration and table accesses: identity and structure stay, places are possible ones."""

@@ -153,7 +153,8 @@ def to_pass(folder: Path) -> list[str]:
 
     ``slow`` answers 20 requests a second: with a queue of them it writes to memory for a while. The e1000e
     receives what the machine sends to its other network device. The shared memory is a BAR with registers
-    that remember what is written: a device for UIO. The two functions of the last port have one group.
+    that remember what is written: a device for UIO. The two functions of the last port have one group. The
+    first edu reaches 4 GiB, so it can be a guest's whose memory begins at one.
     """
     plain, slow = folder / "plain.img", folder / "slow.img"
     plain.write_bytes(b"")
@@ -167,7 +168,7 @@ def to_pass(folder: Path) -> list[str]:
         "-device", "virtio-net-pci,netdev=feed",
         *(word for n in range(5) for word in ("-device", f"pcie-root-port,id=rp{n},chassis={n},slot={n}")),
         "-object", "memory-backend-ram,id=cells,size=1M,share=on", "-device", "ivshmem-plain,memdev=cells",
-        "-device", "edu,bus=rp0", "-device", "e1000e,bus=rp1,netdev=net",
+        "-device", "edu,bus=rp0,dma_mask=0xffffffff", "-device", "e1000e,bus=rp1,netdev=net",
         "-device", "edu,bus=rp4,addr=0.0,multifunction=on", "-device", "edu,bus=rp4,addr=0.1",
         "-device", "nvme,bus=rp2,serial=plain,drive=plain", "-device", "nvme,bus=rp3,serial=slow,drive=slow",
     ]  # fmt: skip

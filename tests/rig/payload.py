@@ -22,9 +22,11 @@ from packaging.requirements import Requirement
 from qvmcore.api import HostError
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Distributions of the repository that the rig has no use for: neither guest nor compiler runs there.
-LEFT_OUT = frozenset({"qvm-emulator", "qvm-guests"})
+#: Distributions of the repository that the rig has no use for: no guest is built there.
+LEFT_OUT = frozenset({"qvm-guests"})
 RUNNER = ("pytest", "pytest-timeout")
+#: Files of others that no program reads when it runs; unicorn's static library has 32 MiB.
+_FOR_COMPILERS = frozenset({".a", ".h"})
 #: In a line of entry_points.txt; the groups of pytest would pull what only unit tests need.
 _OURS = "qvm."
 _CONFIGURATION = """[pytest]
@@ -94,9 +96,10 @@ def third_party(tables: Iterable[dict[str, Any]]) -> dict[str, metadata.Distribu
 
 
 def copy_distribution(dist: metadata.Distribution, site: Path) -> None:
-    """Copy the files of an installed distribution, without its commands."""
+    """Copy what an installed distribution runs on, without its commands."""
     for file in dist.files or ():
-        if ".." in file.parts or PurePosixPath(file).is_absolute():
+        outside = ".." in file.parts or PurePosixPath(file).is_absolute()
+        if outside or file.suffix in _FOR_COMPILERS:
             continue
         target = site / file
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import pytest
 from qvm_guests.cache import Package
 
 from tests.rig import image, machine, packages, payload
-from tests.rig.inside import reporter
+from tests.rig.inside import edu_guest, reporter
 from tests.rig.inside.linux import vdev
 from tests.rig.results import Results, Silence
 
@@ -77,7 +78,7 @@ def test_our_distributions_bring_their_plugins_into_the_machine(tmp_path: Path) 
     """As entry points that qvm finds there, from the working tree, without those of pytest."""
     for folder, table in payload.projects():
         payload.install(folder, table, tmp_path)
-    assert not (tmp_path / "qvm_emulator").exists()
+    assert not (tmp_path / "qvm_guests").exists()
     found = {path.parent.name.split("-")[0]: path.read_text() for path in tmp_path.glob("*/entry_points.txt")}
     assert "[qvm.vdev.v1]\nvirtio-blk = qvm_virtio_blk\n" in found["qvm_virtio_blk"]
     assert "hello = " in found["qvm_hello"]
@@ -87,16 +88,36 @@ def test_our_distributions_bring_their_plugins_into_the_machine(tmp_path: Path) 
          "print(version('qvmcore'), [e.name for e in entry_points(group='qvm.engine.v1')])"],
         env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    assert listed == "0.1.0 ['kvm']\n"
+    assert listed == "0.1.0 ['emulated', 'kvm']\n"
 
 
 def test_what_the_tests_need_is_found_with_its_dependencies() -> None:
     tables = [table for _, table in payload.projects()]
     found = payload.third_party(tables)
-    assert {"pytest", "pluggy", "iniconfig", "msgspec", "tomli", "importlib-metadata", "fdt"} <= set(found)
-    assert not {"unicorn", "qvmcore", "hypothesis"} & set(found)
+    assert {
+        "pytest",
+        "pluggy",
+        "iniconfig",
+        "msgspec",
+        "tomli",
+        "importlib-metadata",
+        "fdt",
+        "unicorn",
+    } <= set(found)
+    assert not {"qvmcore", "qvm-guests", "hypothesis"} & set(found)
     assert payload.compiled(found["msgspec"])
     assert not payload.compiled(found["pytest"])
+
+
+def test_the_guest_with_edu_is_its_source_assembled(tmp_path: Path) -> None:
+    prefix = "aarch64-linux-gnu-"
+    if shutil.which(f"{prefix}as") is None:
+        pytest.skip("no assembler for aarch64: apt-get install binutils-aarch64-linux-gnu")
+    source = Path(edu_guest.__file__).with_suffix(".s")
+    target, image = tmp_path / "guest.o", tmp_path / "guest.bin"
+    subprocess.run([f"{prefix}as", "-o", target, source], check=True)
+    subprocess.run([f"{prefix}objcopy", "-O", "binary", "-j", ".text", target, image], check=True)
+    assert edu_guest.code() == image.read_bytes().rstrip(b"\0")
 
 
 def test_a_vdev_is_written_as_toml() -> None:

@@ -49,6 +49,10 @@ class Port:
 
     def pulse_intx(self) -> None: ...
 
+    def listen(self, fd: int, address: int, data: int) -> None: ...
+
+    def listen_intx(self, fd: int, resample: int) -> None: ...
+
 
 def bar(number: int, size: int, *, wide: bool = False, prefetchable: bool = False) -> Bar:
     return Bar(number, Window(size), Log().handler, wide, prefetchable)

@@ -31,6 +31,10 @@ class Port:
     def pulse_intx(self) -> None:
         self.pulses += 1
 
+    def listen(self, fd: int, address: int, data: int) -> None: ...
+
+    def listen_intx(self, fd: int, resample: int) -> None: ...
+
 
 def connected(vectors: int = VECTORS, *, on: bool = True) -> tuple[PciInterrupts, Port]:
     """With all vectors programmed to ``(ADDRESS + 4 * n, n)`` and unmasked, and MSI-X enabled."""

@@ -123,6 +123,12 @@ class EmulatedGuest:
         if self._frame is not None:
             self._frame.message(address, data)
 
+    def listen(self, fd: int, address: int, data: int) -> None:
+        """Nothing is faster here than :meth:`signal_msi`: no kernel has a part in this guest."""
+
+    def listen_level(self, intr: IntrSpec, fd: int, resample: int) -> None:
+        """Likewise."""
+
     def start(self, entry: CpuEntry) -> None:
         """Start the vCPU at ``entry`` and return."""
         if self._threads:

@@ -26,6 +26,9 @@ class Backend(Protocol):
     def line(self, intr: IntrSpec) -> IrqLine:
         """The input ``intr`` of a controller."""
 
+    def gsi(self, intr: IntrSpec) -> int | None:
+        """Its number in the kernel's table; None when it is not in there."""
+
     def is_message(self, address: int) -> bool:
         """Whether a device's write to ``address`` is a message-signalled interrupt."""
 

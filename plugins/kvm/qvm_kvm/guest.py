@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from qvm_kvm import exits, kick
 from qvm_kvm.arch import Backend
@@ -103,6 +103,19 @@ class KvmGuest:
         if self._interrupts is not None and self._backend.is_message(address):
             self._interrupts.signal_msi(address, data)
 
+    def listen(self, fd: int, address: int, data: int) -> Callable[[], None] | None:
+        """A message by somebody else's eventfd; see the protocol."""
+        if self._interrupts is None or not self._backend.is_message(address):
+            return None
+        return self._interrupts.listeners.message(fd, address, data)
+
+    def listen_level(self, intr: IntrSpec, fd: int, resample: int) -> Callable[[], None] | None:
+        """A line by somebody else's eventfd; see the protocol."""
+        gsi = self._backend.gsi(intr)
+        if self._interrupts is None or gsi is None:
+            return None
+        return self._interrupts.listeners.line(fd, gsi, resample)
+
     def start(self, entry: CpuEntry) -> None:
         """Start the vCPUs, the first at ``entry``, the others waiting for it, and return."""
         with self._state:
@@ -190,6 +203,7 @@ class KvmGuest:
             "direct": self._direct.count,
             "direct_refused": self._direct.refused,
             "irqfds": interrupts.irqfds if interrupts else 0,
+            "straight": interrupts.listeners.count if interrupts else 0,
             "msi_routes": interrupts.routes if interrupts else 0,
             "msi_slow": interrupts.slow_messages if interrupts else 0,
             "msi_refused": interrupts.refused if interrupts else 0,

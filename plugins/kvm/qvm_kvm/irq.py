@@ -10,7 +10,8 @@ import logging
 import threading
 from collections.abc import Sequence
 
-from qvm_kvm import ioctls
+from qvm_kvm.listeners import Listeners
+from qvm_kvm.routes import Routes
 from qvm_kvm.structs import IrqLevel, Route
 from qvm_kvm.vm import Vm
 from qvmcore.api import EventFd
@@ -24,14 +25,18 @@ MAX_ROUTES = 256
 class Interrupts:
     """The interrupt inputs of one VM. ``pins`` are the routes that are always there; any thread.
 
-    ``first_message_gsi`` and up are for messages. Raises OSError when KVM refuses the pins.
+    ``first_message_gsi`` and up are for messages; ``resample`` is KVM_CAP_IRQFD_RESAMPLE. Raises OSError
+    when KVM refuses the pins.
     """
 
-    def __init__(self, vm: Vm, pins: Sequence[Route], first_message_gsi: int) -> None:
+    def __init__(
+        self, vm: Vm, pins: Sequence[Route], first_message_gsi: int, *, resample: bool = False
+    ) -> None:
         self._vm = vm
         self._lock = threading.Lock()
-        self._routes = list(pins)
-        self._next_gsi = first_message_gsi
+        self._routes = Routes(vm, pins, first_message_gsi)
+        #: What others signal.
+        self.listeners = Listeners(vm, self._routes, resample=resample)
         self._full = False
         self._closed = False
         self._messages: dict[tuple[int, int], EventFd] = {}
@@ -39,7 +44,6 @@ class Interrupts:
         #: Messages that went by KVM_SIGNAL_MSI, and messages KVM refused.
         self.slow_messages = 0
         self.refused = 0
-        vm.set_routes(self._routes)
 
     @property
     def routes(self) -> int:
@@ -49,7 +53,8 @@ class Interrupts:
     @property
     def irqfds(self) -> int:
         """How many eventfds KVM listens to."""
-        return len(self._messages) + sum(line.has_irqfd for line in tuple(self._lines))
+        lines = sum(line.has_irqfd for line in tuple(self._lines))
+        return len(self._messages) + lines + self.listeners.count
 
     def line(self, gsi: int) -> Line:
         """An input of the interrupt controllers."""
@@ -88,29 +93,27 @@ class Interrupts:
     def _add_route(self, address: int, data: int) -> EventFd | None:
         if self._full or len(self._messages) >= MAX_ROUTES:
             return None
-        route = Route(self._next_gsi, ioctls.ROUTE_MSI)
-        route.u.msi.address_lo = address & 0xFFFFFFFF
-        route.u.msi.address_hi = address >> 32
-        route.u.msi.data = data
         event: EventFd | None = None
+        gsi: int | None = None
         try:
             event = EventFd()
-            self._vm.set_routes([*self._routes, route])
-            self._vm.attach_irqfd(event.fd, self._next_gsi)
+            gsi = self._routes.add(address, data)
+            self._vm.attach_irqfd(event.fd, gsi)
         except OSError as error:
             # Out of descriptors, or a message KVM does not route: the slow way still works.
             log.debug("no route for the message %#x to %#x: %s", data, address, error.strerror)
             self._full = event is None
+            if gsi is not None:
+                self._routes.remove(gsi)
             if event is not None:
                 event.close()
             return None
-        self._routes.append(route)
-        self._next_gsi += 1
         self._messages[address, data] = event
         return event
 
     def close(self) -> None:
         """Deliver nothing any more, and close the eventfds. Idempotent."""
+        self.listeners.close()
         with self._lock:
             self._closed = True
             for line in self._lines:

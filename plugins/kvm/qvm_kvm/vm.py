@@ -126,9 +126,17 @@ class Vm:
         message = Msi(address & 0xFFFFFFFF, address >> 32, data)
         ioctl_struct(self.fd, ioctls.SIGNAL_MSI, message)
 
-    def attach_irqfd(self, fd: int, gsi: int) -> None:
-        """From now on each write to the eventfd raises the GSI once."""
-        ioctl_struct(self.fd, ioctls.IRQFD, IrqFd(fd, gsi))
+    def attach_irqfd(self, fd: int, gsi: int, resample: int = -1) -> None:
+        """From now on each write to the eventfd raises the GSI once.
+
+        With ``resample`` it stays high until the guest has served it; that eventfd is signalled then.
+        """
+        wanted = IrqFd(fd, gsi) if resample < 0 else IrqFd(fd, gsi, ioctls.IRQFD_RESAMPLE, resample)
+        ioctl_struct(self.fd, ioctls.IRQFD, wanted)
+
+    def detach_irqfd(self, fd: int, gsi: int) -> None:
+        """No longer; interrupts that are under way have arrived when this returns."""
+        ioctl_struct(self.fd, ioctls.IRQFD, IrqFd(fd, gsi, ioctls.IRQFD_DEASSIGN))
 
     def set_routes(self, routes: list[Route]) -> None:
         """Replace the whole table of GSIs."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import ClassVar
 
 from qvm_quiesce import pci
 from qvm_quiesce import state as quiesce_state
 from qvm_quiesce.hardware import HardwareError
-from qvm_vfio import structs
 from qvm_vfio.errors import VfioError
 from qvm_vfio.hardware import Ram, VfioHardware, open_device
 from qvm_vfio.kernel import Kernel
 
+from qvm_pass.interrupts import Interrupts
+from qvm_pass.msi import MOST, Messages, capability
 from qvm_pass.options import PassOptions
 from qvm_pass.view import View, view_of
 from qvmcore.api import GuestEnd, HostError, PciFunction, PciId, PciVdev, Trigger, VdevContext, Window
@@ -45,8 +45,9 @@ class Pass(PciVdev):
         self._hardware: VfioHardware | None = None
         self._view: View | None = None
         self._function: PciFunction | None = None
-        self._watched: tuple[int, ...] = ()
-        self._intx_high = False
+        self._interrupts: Interrupts | None = None
+        #: Bytes that may be mapped into the guest, as far as we know.
+        self._direct = 0
         self._reads = self._writes = self._failures = self._resets = 0
 
     @classmethod
@@ -65,8 +66,10 @@ class Pass(PciVdev):
             )
         try:
             hardware = self._hardware = open_device(name, self.kernel)
+            messages = hardware.most_messages(min(self.options.vectors, MOST))
+            msi = capability(messages, self._msi, self._msi_pending) if messages else None
             self._view = view = view_of(
-                hardware, self.options.vectors, self.on_reset, direct=self.options.direct
+                hardware, self.options.vectors, self.on_reset, msi, direct=self.options.direct
             )
         except VfioError as error:
             raise HostError(f"{self.ctx.name}: {error.text}", hint=error.hint) from error
@@ -94,18 +97,22 @@ class Pass(PciVdev):
         return (self._hardware,) if self._hardware is not None else ()
 
     def on_function(self, function: PciFunction) -> None:
-        """Follow the guest's bus mastering and MSI-X."""
+        """Follow the guest's bus mastering and the kind of interrupts it wants."""
+        assert self._hardware is not None
+        assert self._view is not None
         self._function = function
         function.on_bus_master = self._bus_master
-        function.interrupts.on_msix = self._msix
+        self._direct = sum(part.size for bar in self._view.bars for part in bar.direct)
+        self._interrupts = Interrupts(self.ctx, self._hardware, function, self._failed, self._mapped)
 
     def on_starting(self) -> None:
         """The guest's memory for its DMA, its registers decoded, INTx. Raises HostError."""
         assert self._hardware is not None
+        assert self._interrupts is not None
         try:
             self._hardware.map_dma()
             self._command(pci.COMMAND_MEMORY, 0)
-            self._connect_intx()
+            self._interrupts.start()
         except VfioError as error:
             raise HostError(f"{self.ctx.name}: {error.text}", hint=error.hint) from error
 
@@ -121,7 +128,7 @@ class Pass(PciVdev):
                 value = hardware.bar_read(self._bar(window), offset, size)
             except HardwareError as error:
                 self._failed(error)
-            self._look_at_intx()
+            self._accessed(window, offset)
         return value
 
     def mmio_write(self, window: int, offset: int, size: int, value: int) -> None:
@@ -133,7 +140,19 @@ class Pass(PciVdev):
                 hardware.bar_write(self._bar(window), offset, size, value)
             except HardwareError as error:
                 self._failed(error)
-            self._look_at_intx()
+            self._accessed(window, offset)
+
+    def _accessed(self, window: int, offset: int) -> None:
+        if self._direct:
+            assert self._view is not None
+            parts = self._view.bars[window].direct
+            if any(part.offset <= offset < part.offset + part.size for part in parts):
+                self._direct = 0  # the engine does not map them, or this would not have come here
+        if self._interrupts is not None:
+            self._interrupts.look()
+
+    def _mapped(self) -> bool:
+        return self._direct > 0
 
     def _bar(self, window: int) -> int:
         assert self._view is not None
@@ -164,73 +183,26 @@ class Pass(PciVdev):
 
     # -- interrupts ------------------------------------------------------------------------------------
 
-    def _msix(self, enabled: bool) -> None:
-        """The guest switched MSI-X: the device's vectors come to eventfds, or INTx to one."""
-        hardware, view = self._hardware, self._view
-        if hardware is None or view is None or hardware.revoked:
-            return
-        self._unwatch()
-        try:
-            if not enabled:
-                hardware.disconnect(structs.MSIX)
-                self._connect_intx()
-                return
-            self.ctx.irq().set(False)
-            self._intx_high = False
-            self._watched = hardware.connect(structs.MSIX, view.vectors)
-        except HardwareError as error:
-            self._failed(error)
-            return
-        for vector, fd in enumerate(self._watched):
-            self.ctx.worker.watch(fd, partial(self._message, vector, fd))
+    def _msi(self, messages: Messages) -> None:
+        if self._interrupts is not None:
+            self._interrupts.msi(messages)
 
-    def _connect_intx(self) -> None:
-        hardware, view = self._hardware, self._view
-        if hardware is None or view is None or not view.intx:
-            return
-        self._watched = hardware.connect(structs.INTX, 1)
-        self.ctx.worker.watch(self._watched[0], partial(self._intx, self._watched[0]))
-
-    def _unwatch(self) -> None:
-        for fd in self._watched:
-            self.ctx.worker.unwatch(fd)
-        self._watched = ()
-
-    def _message(self, vector: int, fd: int) -> None:
-        """The device signalled a vector (worker thread)."""
-        assert self._hardware is not None
-        if self._hardware.take(fd) and self._function is not None:
-            self._function.interrupts.signal(vector)
-
-    def _intx(self, fd: int) -> None:
-        """The device's line is high, and masked in the kernel until we unmask it (worker thread)."""
-        assert self._hardware is not None
-        if self._hardware.take(fd):
-            self._intx_high = True
-            self.ctx.irq().set(True)
-
-    def _look_at_intx(self) -> None:
-        """An access may have been the one that quietens the device. If not, its line comes again."""
-        if self._intx_high and self._hardware is not None:
-            self._intx_high = False
-            self.ctx.irq().set(False)
-            try:
-                self._hardware.device.unmask_intx()
-            except HardwareError as error:
-                self._failed(error)
+    def _msi_pending(self) -> int:
+        return self._interrupts.pending if self._interrupts is not None else 0
 
     # -- life --------------------------------------------------------------------------------------------
 
     def on_reset(self) -> None:
-        """The guest's function level reset: bus mastering and MSI-X go off, then the device is reset."""
+        """The guest's function level reset: bus mastering, MSI and MSI-X go off, then the device is reset."""
         hardware, function = self._hardware, self._function
         if hardware is None or hardware.revoked:
             return
         if function is not None:
             function.config_write(pci.COMMAND, 2, 0)
-            at = pci.capabilities(function.config_read).get(pci.CAP_MSIX)
-            if at is not None:
-                function.config_write(at + pci.MSIX_CONTROL, 2, 0)
+            found = pci.capabilities(function.config_read)
+            for kind, register in ((pci.CAP_MSIX, pci.MSIX_CONTROL), (pci.CAP_MSI, pci.MSI_CONTROL)):
+                if kind in found:
+                    function.config_write(found[kind] + register, 2, 0)
         methods = hardware.resets
         if not methods:
             return
@@ -244,24 +216,27 @@ class Pass(PciVdev):
 
     def on_terminate(self, end: GuestEnd) -> None:
         """Give it back to the kernel, which clears bus mastering and resets it once more."""
+        if self._interrupts is not None:
+            self._interrupts.silence()
         if self._hardware is not None:
             self._hardware.close()
 
     def status(self) -> Mapping[str, object]:
         """Which device, and counters."""
         hardware, view = self._hardware, self._view
-        if hardware is None or view is None:
+        if hardware is None or view is None or self._interrupts is None:
             return {"device": self.options.name}
         return {
             "device": self.options.name,
             "id": f"{view.identity.vendor:04x}:{view.identity.device:04x}",
             "class": f"{view.class_code:06x}",
             "vectors": view.vectors,
-            "direct": sum(part.size for bar in view.bars for part in bar.direct),
+            "direct": self._direct,
             "hidden": view.hidden,
             "reads": self._reads,
             "writes": self._writes,
             "failures": self._failures,
             "interrupts": hardware.interrupts(),
+            **self._interrupts.status(),
             "resets": self._resets,
         }

@@ -21,14 +21,15 @@ class PassOptions(msgspec.Struct, frozen=True, rename="kebab", forbid_unknown_fi
     ] = ""
     hostdev: Annotated[str, msgspec.Meta(description="the same, by the name other vdevs have for it")] = ""
     vectors: Annotated[
-        int, msgspec.Meta(ge=1, le=MOST_VECTORS, description="at most so many MSI-X vectors are the guest's")
+        int,
+        msgspec.Meta(
+            ge=1, le=MOST_VECTORS, description="at most so many vectors of MSI-X, or messages of MSI"
+        ),
     ] = 32
 
     direct: Annotated[
         bool,
-        msgspec.Meta(
-            description="map registers into the guest, where the engine can, if the device has MSI-X"
-        ),
+        msgspec.Meta(description="map registers into the guest, where the engine can"),
     ] = True
 
     def __post_init__(self) -> None:

@@ -1,8 +1,9 @@
 """What the guest sees of a physical function: a configuration space made anew, of what is known to be safe.
 
-Nothing reaches the guest because it is there: identity, memory BARs, and three capabilities. So SR-IOV,
+Nothing reaches the guest because it is there: identity, memory BARs, and some capabilities. So SR-IOV,
 ATS, PRI, PASID and all others of the extended space are not there for it, and neither are I/O BARs, the
-expansion ROM, MSI and registers private to the device. MSI-X is ours: its table is in a BAR of its own.
+expansion ROM and registers private to the device. MSI is ours, and so is MSI-X, whose table is in a BAR of
+its own.
 """
 
 from __future__ import annotations
@@ -49,12 +50,17 @@ class View:
 
 
 def view_of(
-    hardware: VfioHardware, most_vectors: int, flr: Callable[[], None], *, direct: bool = False
+    hardware: VfioHardware,
+    most_vectors: int,
+    flr: Callable[[], None],
+    msi: Capability | None = None,
+    *,
+    direct: bool = False,
 ) -> View:
     """Look at a function. ``flr`` is called, on a vCPU thread, when the guest asks for a reset of it.
 
-    ``direct``: with MSI-X, BARs may be mapped into the guest. INTx is not there for it then: we see its
-    end by the guest's accesses, which do not come to us. Raises HardwareError when it does not answer.
+    ``msi`` is what it has for one; ``direct``: BARs may be mapped into the guest. Raises HardwareError when
+    it does not answer.
     """
 
     def word(offset: int, size: int = 2) -> int:
@@ -64,10 +70,8 @@ def view_of(
     irqs = hardware.device.irqs
     vectors = min(irqs.get(structs.MSIX, 0), most_vectors)
     view = View(identity, word(0x09, 1) | word(0x0A) << 8, vectors, bool(irqs.get(structs.INTX, 0)))
-    direct = direct and vectors > 0
-    view.intx &= not direct
     _bars(hardware, view, direct)
-    _capabilities(hardware, view, flr)
+    _capabilities(hardware, view, flr, msi)
     extended = pci.extended_capabilities(hardware.config_read)
     view.hidden += [_EXTENDED.get(kind, f"extended capability {kind:#x}") for kind in extended]
     return view
@@ -91,7 +95,9 @@ def _bars(hardware: VfioHardware, view: View, direct: bool) -> None:
         view.hidden.append("expansion ROM")
 
 
-def _capabilities(hardware: VfioHardware, view: View, flr: Callable[[], None]) -> None:
+def _capabilities(
+    hardware: VfioHardware, view: View, flr: Callable[[], None], msi: Capability | None
+) -> None:
     room = _ROOM - _MSIX_SIZE * bool(view.vectors)
     for kind, at in pci.capabilities(hardware.config_read).items():
         made = None
@@ -99,6 +105,8 @@ def _capabilities(hardware: VfioHardware, view: View, flr: Callable[[], None]) -
             made = _power(hardware.config_read(at + 2, 2))
         elif kind == pci.CAP_EXPRESS:
             made = _express(bool(hardware.resets), flr)
+        elif kind == pci.CAP_MSI:
+            made = msi
         elif kind == _VENDOR:
             made = _vendor(hardware, at)
         size = (made.size + 3 & ~3) if made is not None else 0

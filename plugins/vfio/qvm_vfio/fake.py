@@ -85,6 +85,8 @@ class FakeKernel(Kernel):
     def fire(self, kind: int, vector: int = 0, name: str = "") -> bool:
         """The device, by default the first, interrupts; whether anybody is told."""
         irqs = self.irqs[name or next(iter(self.irqs))]
+        if irqs.resample >= 0 and _take(irqs.resample):
+            irqs.masked = False
         if irqs.kind != kind or vector >= len(irqs.eventfds) or (kind == structs.INTX and irqs.masked):
             return False
         irqs.masked = kind == structs.INTX
@@ -229,12 +231,16 @@ class FakeKernel(Kernel):
         head = structs.IrqSet.from_buffer_copy(body)
         irqs = self.irqs.setdefault(self._function(fd).name, FakeIrqs())
         numbers = memoryview(body)[ctypes.sizeof(structs.IrqSet) :].cast("i")
-        if head.flags & structs.IRQ_UNMASK:
+        if head.flags & structs.IRQ_UNMASK and irqs.kind != structs.INTX:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        if head.flags & structs.IRQ_UNMASK and head.flags & structs.IRQ_DATA_EVENTFD:
+            irqs.resample = numbers[0]
+        elif head.flags & structs.IRQ_UNMASK:
             irqs.masked = False
         elif head.flags & structs.IRQ_DATA_NONE:
             if irqs.kind not in (None, head.index):
                 raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-            irqs.kind, irqs.eventfds = None, []
+            irqs.kind, irqs.eventfds, irqs.resample = None, [], -1
             self._show_msix(fd, False)
         elif irqs.kind is not None and irqs.kind != head.index:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
@@ -321,6 +327,13 @@ class FakeKernel(Kernel):
 def _what(fd: int) -> str:
     """What a descriptor is: ``container``, ``group-7``, ``device-0000:03:00.0``."""
     return str(Path(f"/proc/self/fd/{fd}").readlink()).removeprefix("/memfd:").removesuffix(" (deleted)")
+
+
+def _take(fd: int) -> int:
+    try:
+        return os.eventfd_read(fd)
+    except BlockingIOError:
+        return 0
 
 
 def adopt(values: dict[str, Any], fds: Sequence[int]) -> VfioHardware:

@@ -64,3 +64,5 @@ class FakeIrqs:
         self.eventfds: list[int] = []
         #: INTx, by the kernel.
         self.masked = False
+        #: An eventfd that unmasks it; -1 for none.
+        self.resample = -1

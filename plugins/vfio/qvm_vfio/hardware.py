@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +57,8 @@ class VfioHardware:
         self.device = device
         #: Set by :meth:`revoke`: nothing of a guest may reach the device any more.
         self.revoked = False
+        #: Told by :meth:`revoke`, any thread: no interrupt may reach the guest once it returns.
+        self.on_revoke: Callable[[], None] = lambda: None
         self._kernel = kernel
         self._space = space
         self._irqs = Irqs(device)
@@ -125,19 +127,22 @@ class VfioHardware:
 
     def revoke(self) -> None:
         """Whoever passes accesses of a guest on looks at :attr:`revoked`; what is mapped is covered."""
-        self.revoked = True
-        for address, size in self._direct:
-            try:
-                self._kernel.cover(address, size)
-            except OSError as error:
-                raise failed(f"{self.name}: its registers stay mapped", error) from error
+        self.revoked = self._irqs.revoked = True
+        try:
+            self.on_revoke()
+        finally:
+            for address, size in self._direct:
+                try:
+                    self._kernel.cover(address, size)
+                except OSError as error:
+                    raise failed(f"{self.name}: its registers stay mapped", error) from error
 
     def drop_interrupts(self) -> None:
         """Disconnect INTx, MSI and MSI-X."""
         self._irqs.drop()
 
     def interrupts(self) -> int:
-        """All that came to our eventfds; none does once they are disconnected."""
+        """All that came to our eventfds and that nobody else took; none comes once they are disconnected."""
         return self._irqs.count()
 
     def memory(self) -> Sequence[memoryview]:
@@ -214,6 +219,25 @@ class VfioHardware:
     def connect(self, kind: int, count: int) -> tuple[int, ...]:
         """Switch interrupts on: INTX, MSI or MSIX of structs; eventfds in their order."""
         return self._irqs.connect(kind, count)
+
+    def most_messages(self, most: int) -> int:
+        """How many interrupts of MSI the host has for it now, by trying: a power of two; 0 without MSI.
+
+        Before the guest starts: it leaves all off. The kernel needs them in one piece.
+        """
+        count = 1 << min(self.device.irqs.get(structs.MSI, 0), most).bit_length() >> 1
+        while count > 1:
+            try:
+                self._irqs.connect(structs.MSI, count)
+                break
+            except VfioError:
+                count >>= 1
+        self._irqs.disconnect(structs.MSI)
+        return count
+
+    def resample(self) -> int:
+        """While INTx is connected: an eventfd whose signals unmask it."""
+        return self._irqs.resample()
 
     def disconnect(self, kind: int) -> None:
         """Switch a kind off."""

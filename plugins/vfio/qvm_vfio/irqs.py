@@ -1,4 +1,7 @@
-"""The eventfds of one function's interrupts, and how many have arrived."""
+"""The eventfds of one function's interrupts, and how many have arrived.
+
+An eventfd that KVM listens to is taken by KVM: what comes that way is not counted here.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,13 @@ class Irqs:
     def __init__(self, device: VfioDevice) -> None:
         self._device = device
         self._lock = threading.Lock()
+        #: Held while a kind is switched, so that none is on after :meth:`drop` that was on its way.
+        self._switch = threading.RLock()
         self._fds: list[int] = []
+        self._resample = -1
         self._taken = 0
+        #: Set when nothing may be connected any more.
+        self.revoked = False
 
     def connect(self, kind: int, count: int) -> tuple[int, ...]:
         """Switch ``count`` interrupts of a kind on; their eventfds, which stay ours. Raises VfioError."""
@@ -34,18 +42,36 @@ class Irqs:
             except OSError as error:
                 raise failed(f"{self._device.name}: no eventfd", error) from error
             fds = tuple(self._fds[:count])
-        for other in KINDS:
-            if other != kind:
-                self.disconnect(other)
-        self._device.connect(kind, fds)
+        with self._switch:
+            if self.revoked:
+                raise VfioError(f"{self._device.name} was taken away; its interrupts stay off")
+            for other in KINDS:
+                if other != kind:
+                    self.disconnect(other)
+            for fd in fds:
+                self.take(fd)  # of what was connected before
+            self._device.connect(kind, fds)
         return fds
+
+    def resample(self) -> int:
+        """An eventfd, which stays ours, whose signals unmask INTx while that is on. Raises VfioError."""
+        with self._lock:
+            if self._resample < 0:
+                try:
+                    self._resample = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                except OSError as error:
+                    raise failed(f"{self._device.name}: no eventfd", error) from error
+            fd = self._resample
+        self._device.resample_intx(fd)
+        return fd
 
     def disconnect(self, kind: int) -> None:
         """Switch a kind off; nothing when it is not on."""
         if not self._device.irqs.get(kind, 0):
             return
         try:
-            self._device.disconnect(kind)
+            with self._switch:
+                self._device.disconnect(kind)
         except VfioError as error:
             # The kernel calls it invalid to switch off what is off.
             if error.number != errno.EINVAL:
@@ -53,8 +79,9 @@ class Irqs:
 
     def drop(self) -> None:
         """Switch all off; the eventfds stay, so that a late interrupt would be counted."""
-        for kind in KINDS:
-            self.disconnect(kind)
+        with self._switch:
+            for kind in KINDS:
+                self.disconnect(kind)
 
     def take(self, fd: int) -> int:
         """How often an eventfd was signalled since it was taken last."""
@@ -76,6 +103,9 @@ class Irqs:
         with self._lock:
             while self._fds:
                 os.close(self._fds.pop())
+            if self._resample >= 0:
+                os.close(self._resample)
+                self._resample = -1
 
 
 def _waiting(fd: int) -> int:

@@ -51,6 +51,12 @@ class Irqs:
             self._pulse = True
             self._fire_intx()
 
+    def listen(self, fd: int, address: int, data: int) -> None:
+        """Not possible: an eventfd's signals go to the client's by :meth:`vector`."""
+
+    def listen_intx(self, fd: int, resample: int) -> None:
+        """Not possible either."""
+
     def place(self, bar: Bar, address: int | None) -> None:
         """Nothing: the client places BARs."""
 

@@ -60,6 +60,7 @@ class X86Backend:
         self._config = config
         self._leaves = cpuid.supported(system)
         self._tsc_deadline = bool(system.capability(abi.CAP_TSC_DEADLINE_TIMER))
+        self._resample = bool(system.capability(ioctls.CAP_IRQFD_RESAMPLE))
         self._interrupts: Interrupts | None = None
         self._controllers = {each.name: each for each in config.controllers}
         for each in config.controllers:
@@ -110,7 +111,7 @@ class X86Backend:
             _mask_pics(vm)
             # The speaker flag makes port 0x61 the kernel's: Linux times the PIT's channel 2 by it.
             ioctl_struct(vm.fd, abi.CREATE_PIT2, abi.PitConfig(abi.PIT_SPEAKER_DUMMY))
-            self._interrupts = Interrupts(vm, _pins(), IOAPIC_PINS)
+            self._interrupts = Interrupts(vm, _pins(), IOAPIC_PINS, resample=self._resample)
         except OSError as error:
             raise EngineError(f"KVM cannot build the interrupt controllers: {error.strerror}") from error
         return self._interrupts
@@ -134,6 +135,11 @@ class X86Backend:
                 hint=f"pins 0 and {_TIMER_PIN} belong to the timer, and the last one is {IOAPIC_PINS - 1}",
             )
         return self._interrupts.line(intr.number)
+
+    def gsi(self, intr: IntrSpec) -> int | None:
+        """See Backend."""
+        controller = self._controllers.get(intr.controller)
+        return intr.number if controller is not None and controller.kind == "ioapic" else None
 
     def is_message(self, address: int) -> bool:
         """See Backend."""

@@ -185,9 +185,11 @@ class Worker:
 
         Called from a callback it only asks. Idempotent.
         """
-        self._stop = True
+        with self._lock:
+            # Not between the making and the start of the thread: it could not be waited for.
+            self._stop = True
+            thread = self._thread
         self._wake.signal()
-        thread = self._thread
         if thread is None or threading.get_ident() == self.ident:
             if thread is None:
                 self._close()

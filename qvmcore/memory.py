@@ -3,6 +3,10 @@
 Every region is one shared mapping, so an engine, a vhost-user client and a vdev all see the same
 bytes and no access copies. Views are plain ``memoryview`` slices: pass them to ``os.preadv``.
 
+All views of one buffer share a counter. In a Python without a GIL threads that take and drop views at the
+same time corrupt it, and CPython then releases memory that is in use (its issue 155606): there each thread
+has views of a buffer of its own.
+
 Lookups need no lock, on any thread. The regions of a guest of our own are there before it starts; those
 of a guest elsewhere (``qvm serve``) come and go, while nobody serves a queue.
 """
@@ -13,10 +17,16 @@ import ctypes
 import fcntl
 import mmap
 import os
+import sys
+import threading
 from collections.abc import Iterable, Sequence
 
 from qvmcore.errors import GuestMemoryError, HostError
 from qvmcore.types import MemorySpec
+
+#: Whether threads may run at the same time, so that each needs views of its own. A view is then for the
+#: thread that took it: whoever slices for others takes it anew each time.
+PER_THREAD = not getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 class MemoryRegion:
@@ -25,6 +35,8 @@ class MemoryRegion:
     ``start`` and ``size`` are bytes; ``view`` is a writable memoryview of the whole range;
     ``fd`` is the memfd behind it, so that another process can map the same pages.
     """
+
+    view: memoryview
 
     def __init__(self, spec: MemorySpec) -> None:
         try:
@@ -74,8 +86,24 @@ class MemoryRegion:
             raise _unmappable(spec.size, error) from error
         # A core dump of gigabytes would hold up whoever waits for the end of this process.
         self._map.madvise(mmap.MADV_DONTDUMP)
-        self._whole = memoryview(self._map)
-        self.view = self._whole[lead:]
+        self._lead = lead
+        self._lock = threading.Lock()
+        self._closed = False
+        self._views: dict[int, memoryview] = {}
+        if not PER_THREAD:
+            self.view = self._own_view()
+
+    def _own_view(self) -> memoryview:
+        """The whole range, for the calling thread. Raises ValueError once closed, as a released view does."""
+        thread = threading.get_ident()
+        own = self._views.get(thread)
+        if own is None:
+            # A thread that has ended leaves its view to whoever gets its number.
+            with self._lock:
+                if self._closed:
+                    raise ValueError("guest memory that was released")
+                own = self._views[thread] = memoryview(self._map)[self._lead :]
+        return own
 
     @property
     def host_address(self) -> int:
@@ -87,14 +115,20 @@ class MemoryRegion:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+        with self._lock:
+            self._closed = True
         try:
-            self.view.release()
-            self._whole.release()
+            for view in self._views.values():
+                view.release()
             self._map.close()
         except BufferError:
             # A worker that could not be stopped, or what it left in a cycle, still holds a view.
             return False
         return True
+
+
+if PER_THREAD:
+    MemoryRegion.view = property(MemoryRegion._own_view)  # type: ignore[assignment]
 
 
 class GuestMemory:

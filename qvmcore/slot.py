@@ -158,9 +158,11 @@ class VdevSlot:
         more rarely, so that a hostile guest cannot fill the log.
         """
         if isinstance(error, GuestError):
-            self.guest_errors += 1
-            if self.guest_errors & (self.guest_errors - 1) == 0:
-                self.log.warning("%s: guest error %d: %s", self.spec.where, self.guest_errors, error)
+            with self._fault_lock:
+                self.guest_errors += 1
+                count = self.guest_errors
+            if count & (count - 1) == 0:
+                self.log.warning("%s: guest error %d: %s", self.spec.where, count, error)
             return
         with self._fault_lock:
             if self.faulted:

@@ -6,7 +6,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from qvmcore.testing.ring import GuestRam, Request, RingDriver, Row, Used
+from qvmcore.testing.ring import GuestRam, Request, RingDriver, Row, Used, barrier
 from qvmcore.virtio import spec
 
 _DESC = struct.Struct("<QIHH")
@@ -197,6 +197,7 @@ class PackedDriver(RingDriver):
         """2.8.10: a place asked for is found by looking at each that was filled."""
         new = range(self.shown, self.filled)
         self.publish()
+        barrier()
         place, flags = self.device_event
         if flags & 3 == spec.RING_EVENT_FLAGS_DESC:
             return any(self.name(position) == place for position in new)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import struct
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -17,6 +18,13 @@ from qvmcore.virtio import spec
 _DESC = struct.Struct("<QIHH")
 _U16 = struct.Struct("<H")
 _ELEMENT = struct.Struct("<II")
+_fence = threading.Lock()
+
+
+def barrier() -> None:
+    """Between what a driver publishes and its look at what the device asked for (2.7.13.4.1)."""
+    with _fence:
+        pass
 
 
 class GuestRam:
@@ -299,6 +307,7 @@ class SplitDriver(RingDriver):
         """2.7.10.1."""
         old, new = self.published, self.avail_idx
         self.publish()
+        barrier()
         if self.event_idx:
             event = self.read16(self.used + 4 + 8 * self.size)
             return (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF

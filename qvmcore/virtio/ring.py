@@ -3,10 +3,12 @@
 Positions count up without wrapping; only what is stored in the rings wraps. Every piece of ring
 state a guest can write is loaded once for each decision, so it cannot change between check and use.
 
-Memory order: the interpreter neither reorders nor splits these accesses, and x86 keeps loads and
-stores in program order. The one order x86 does not keep, a store followed by a load of another
-address, matters twice (publish then ask for suppression, 2.7.13.4.1; re-arm then look again,
-2.7.10) and gets a locked instruction between: taking a lock is a full barrier there.
+Memory order: the interpreter neither reorders nor splits these accesses, with a GIL or without: an item
+of a memoryview of 2, 4 or 8 bytes is one load or store of that size. x86 keeps loads and stores in program
+order. The one order x86 does not keep, a store followed by a load of another address, matters twice
+(publish then ask for suppression, 2.7.13.4.1; re-arm then look again, 2.7.10) and gets a locked
+instruction between: taking a lock that nobody holds is one, a compare-and-exchange, and a full barrier
+there. A GIL would not do: the other side is a guest, or another process.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from qvmcore.errors import BadDescriptorChain
-from qvmcore.memory import GuestMemory
+from qvmcore.memory import PER_THREAD, GuestMemory
 from qvmcore.virtio import spec
 from qvmcore.virtio.chain import Chain
 from qvmcore.virtio.queue import Virtqueue
@@ -76,7 +78,8 @@ class RingQueue(Virtqueue):
         self._view = memory.view
         # The largest region holds nearly every buffer; checked here it saves a call per descriptor.
         largest = max(memory.regions, key=lambda region: region.size)
-        self._region = (largest.start, largest.size, largest.view)
+        # Its view is that of this thread, though: where each has its own, the call is made.
+        self._region = (largest.start, 0 if PER_THREAD else largest.size, largest.view)
         self._roms = tuple((region.start, region.end) for region in memory.regions if region.rom)
 
     def _start(self, last: int, pushed: int) -> None:

@@ -6,6 +6,7 @@ into a folder by their user.
 
 from __future__ import annotations
 
+import platform
 import re
 from collections.abc import Sequence
 
@@ -13,8 +14,11 @@ from qvm_guests.apt import PrivateApt
 from qvm_guests.cache import GuestCache, Package
 from qvm_guests.progress import Progress
 
+from qvmcore.api import HostError
+
 #: `apt-get install --print-uris`: address, name_version_architecture.deb, size, checksum.
 _PLANNED = re.compile(r"^'[^']*' ([^_\s]+)_\S+\.deb \d+", re.MULTILINE)
+_INDEX = "$(REPO_URI) $(RELEASE) $(COMPONENT)"
 
 
 class ClosureApt(PrivateApt):
@@ -26,6 +30,19 @@ class ClosureApt(PrivateApt):
         if planned.problem:
             raise self._unavailable(" and ".join(names))
         return _PLANNED.findall(planned.output)
+
+    def mirror(self, release: str) -> str:
+        """Where this machine has its own release from, for another one: ``release``, by its codename.
+
+        Raises HostError when that cannot be told.
+        """
+        codename = platform.freedesktop_os_release().get("VERSION_CODENAME", "")
+        targets = self._run("apt-get", "indextargets", "--no-release-info", "--format", _INDEX)
+        for line in targets.output.splitlines():
+            uri, _, rest = line.partition(" ")
+            if codename and rest in (f"{codename} main", f"{release} main"):
+                return uri
+        raise HostError(f"the apt sources of this machine name no mirror of its release {codename!r}")
 
 
 def obtain(cache: GuestCache, names: Sequence[str], progress: Progress, lock: int) -> list[Package]:

@@ -51,6 +51,7 @@ class Remote:
         self.fd = os.memfd_create("client")
         os.ftruncate(self.fd, SIZE)
         self.memory = GuestMemory([self.region()])
+        self.guest = GuestMemory([self.region()])  # that of the driver, which nobody takes away
         self.ctx = FakeContext("echo", self.memory, 1)
         self.ctx.threads_allowed = True
         options, _ = convert_options(self.kind.Options, {}, Path())
@@ -61,7 +62,7 @@ class Remote:
         self.state.attach(self.calls, fast_doorbells=True, withheld=1 << spec.VIRTIO_F_RING_RESET)
         self.kick = os.eventfd(0, os.EFD_NONBLOCK)
         ring = PackedDriver if features & PACKED else SplitDriver
-        self.ring: RingDriver = ring(GuestRam(self.memory), 16, features, self.ring_the_bell)
+        self.ring: RingDriver = ring(GuestRam(self.guest), 16, features, self.ring_the_bell)
 
     def region(self) -> MemoryRegion:
         return MemoryRegion.adopt(BASE, SIZE, os.dup(self.fd))
@@ -86,6 +87,7 @@ class Remote:
         os.close(self.kick)
         os.close(self.fd)
         self.memory.close()
+        self.guest.close()
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -231,6 +233,7 @@ def test_memory_changes_under_a_running_queue(remote: Remote) -> None:
             remote.state.remap(partial(remote.memory.replace, [fresh]))
             old.close()
             changes += 1
+            time.sleep(0.0005)  # without a GIL the worker would never find its memory in place
 
     thread = threading.Thread(target=change)
     thread.start()

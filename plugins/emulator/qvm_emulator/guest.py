@@ -278,7 +278,8 @@ class EmulatedGuest:
                 if gic.asserted:
                     self._cpu.set_irq(True)
             self._alarm_until = self._next_alarm()
-            # Looked at again: what changed before the line above did not wake this thread.
+            # Looked at again: what changed before the line above did not wake this thread. (A store to an
+            # attribute is seen before the loads behind it, without a GIL too: it takes a lock there.)
             self._alarm.wait(min(self._alarm_until, self._next_alarm()))
             self._alarm_until = 0
 

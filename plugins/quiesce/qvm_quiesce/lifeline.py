@@ -16,7 +16,6 @@ import mmap
 import os
 import threading
 from contextlib import ExitStack
-from typing import Any
 
 _SHARED = _ROBUST = 1
 #: Bytes for the attributes of a mutex; every libc needs less. The mutex itself has a page.
@@ -93,7 +92,10 @@ class _Mutex:
     def __init__(self, fd: int) -> None:
         self._libc = ctypes.CDLL(None)
         self._page = mmap.mmap(fd, mmap.PAGESIZE)
-        self._cell: Any = (ctypes.c_char * mmap.PAGESIZE).from_buffer(self._page)
+        # The address only: an object that exports the page is freed by the thread that made it, in a Python
+        # without a GIL, and that may be asleep when another one unmaps the page.
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
+        self._cell: ctypes.c_void_p | None = ctypes.c_void_p(address)
 
     def make(self) -> None:
         attributes = ctypes.create_string_buffer(_ATTRIBUTES)

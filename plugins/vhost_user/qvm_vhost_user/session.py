@@ -68,9 +68,11 @@ class VhostUserSession:
             return
         if self._vdev.virtio.status & BROKEN:
             rings.fail()
-        # A device without a running ring is suspended, and says nothing.
-        self._untold = not rings.running
-        if not self._untold:
+        # A device without a running ring is suspended, and says nothing. Noted before the look: a ring that
+        # starts meanwhile is started by a thread that looks at the note afterwards.
+        self._untold = True
+        if rings.running:
+            self._untold = False
             channel.config_changed()
 
     def reset(self) -> None:

@@ -74,7 +74,9 @@ def test_a_port_carries_bytes_both_ways_unchanged(
     serving = serve(vdev("virtio-console", "con0", hostdev='"null"', ports=ports), "con0")
     client = connect(short / "p")
     guest = uml(
-        f"cat /sys/class/virtio-ports/vport0p1/name; exec 3<>/dev/vport0p1\n"
+        # The driver makes a port when the device has told it of one: after modprobe, perhaps.
+        f"name=/sys/class/virtio-ports/vport0p1/name; until cat $name 2>/dev/null; do sleep 0.1; done\n"
+        f"exec 3<>/dev/vport0p1\n"
         f"head -c {len(data)} <&3 >/run/data; cat /run/data >&3; read bye <&3",
         [(serving.socket("con0"), linux.CONSOLE)],
         modules="virtio_console",

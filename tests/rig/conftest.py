@@ -79,7 +79,8 @@ class Rig:
 
     def _watch(self) -> None:
         while not self._over.wait(PERIOD):
-            self._mend()
+            if self._results.quiet() and not (self._mend() and self._results.left(self._wanted)):
+                return
 
     def _mend(self) -> bool:
         """Replace a machine that fell silent, if there is one to spare; whether there is a machine."""

@@ -69,6 +69,10 @@ class Results:
                 raise Silence(why)
             time.sleep(pause)
 
+    def quiet(self) -> bool:
+        """Whether there may be :meth:`silence`. Opens nothing: tests count this process's descriptors."""
+        return not self._machine.alive() or self._overdue()
+
     def silence(self) -> str:
         """Read what has come; why nothing more will, or an empty text."""
         with self._lock:
@@ -78,16 +82,17 @@ class Results:
                 return ""
             if not alive or self._ended:
                 return self._why("the machine ended without a result of this test")
-            # By the file's own time: what is read late was not said late.
-            if self._clock() - max(self._began, self._heard()) > self._patience:
+            if self._overdue():
                 return self._why(f"nothing was heard of the machine for {self._patience:g} s")
             return ""
 
-    def _heard(self) -> float:
+    def _overdue(self) -> bool:
+        """By the file's own time: what is read late was not said late."""
         try:
-            return self._machine.results.stat().st_mtime
+            heard = self._machine.results.stat().st_mtime
         except FileNotFoundError:
-            return 0.0
+            heard = 0.0
+        return self._clock() - max(self._began, heard) > self._patience
 
     def _why(self, text: str) -> str:
         return "\n".join([text, *self._broken])

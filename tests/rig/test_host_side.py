@@ -207,7 +207,9 @@ def test_silence_is_seen_by_who_looks_and_counts_from_the_last_word(tmp_path: Pa
     fake.lives = 1000
     now = time.time()
     results = Results(fake, patience=60, clock=lambda: now)
+    assert not results.quiet()
     now += 61
+    assert results.quiet()
     assert results.silence() == ""  # something new was read
     assert results.silence() == "nothing was heard of the machine for 60 s"
     with (tmp_path / "r").open("a") as stream:

@@ -15,10 +15,12 @@ import select
 import socket
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
+from qvm_vhost_user.stream_call import StreamCall
 from qvm_vhost_user.wire import Fd
-from qvmcore.api import ClientError
+from qvmcore.api import ClientError, Worker
 
 _ONE = (1).to_bytes(8, "little")
 _EVENTFD = "anon_inode:[eventfd]"
@@ -76,22 +78,24 @@ def _open_anew(fd: Fd) -> None:
 class Notifier:
     """Where we signal the client: a call or an error descriptor, or none. Any thread.
 
+    ``worker()`` is the thread that says again what went into a socket and was not taken.
     ``rarely``: look first whether there is room. For what is signalled by the session's thread, which
     nobody could let go.
     """
 
-    def __init__(self, *, rarely: bool = False) -> None:
+    def __init__(self, worker: Callable[[], Worker], *, rarely: bool = False) -> None:
         self._fd: Fd | None = None
         self._number = -1
-        self._stream: socket.socket | None = None
+        self._stream: StreamCall | None = None
+        self._worker = worker
         self._rarely = rarely
         self._lock = threading.Lock()
 
     def set(self, fd: Fd | None) -> None:
-        """Signal through another descriptor from now on; the old one is closed."""
+        """Signal through another descriptor from now on; the old one is closed. Raises ClientError."""
         stream = None
         if fd is not None and stat.S_ISSOCK(os.fstat(fd.number).st_mode):
-            stream = socket.socket(fileno=fd.take())
+            stream = StreamCall(socket.socket(fileno=fd.take()), self._worker(), self._again)
             fd = None
         self._acquire()
         try:
@@ -123,11 +127,7 @@ class Notifier:
         # The lock keeps a late signal from reaching whatever got the closed descriptor's number.
         with self._lock:
             if self._stream is not None:
-                try:
-                    self._stream.send(_ONE, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-                except OSError:
-                    # Full, or the other end has gone: as below.
-                    pass
+                self._stream.send()
             elif self._number >= 0 and (not self._rarely or _has_room(self._number)):
                 try:
                     os.write(self._number, _ONE)
@@ -137,6 +137,11 @@ class Notifier:
                 except OSError:
                     # A pipe whose other end has gone; the connection will end, too.
                     self._number = -1
+
+    def _again(self) -> None:
+        with self._lock:
+            if self._stream is not None:
+                self._stream.again()
 
 
 def _has_room(number: int) -> bool:

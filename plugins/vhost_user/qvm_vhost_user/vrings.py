@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from qvm_vhost_user import notifier
 from qvm_vhost_user.notifier import Notifier
 from qvm_vhost_user.wire import Fd
-from qvmcore.api import ClientError, GuestError, VirtioVdev
+from qvmcore.api import ClientError, GuestError, VirtioVdev, Worker
 
 #: Seconds that chains in hand get to come back when a ring stops, and when the client has gone.
 STOP_TIMEOUT = 3.0
@@ -31,9 +31,9 @@ class Addresses(NamedTuple):
 
 
 class Vring:
-    """One ring. ``inflight`` is what start_queue() takes to keep record of the chains in hand."""
+    """One ring; ``worker()`` is the thread that serves it."""
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, worker: Callable[[], Worker]) -> None:
         self.index = index
         self.size = 0
         self.addresses: Addresses | None = None
@@ -42,8 +42,8 @@ class Vring:
         self.enabled = False
         self.running = False
         self.kick: Fd | None = None
-        self.calls = Notifier()
-        self.errors = Notifier(rarely=True)
+        self.calls = Notifier(worker)
+        self.errors = Notifier(worker, rarely=True)
 
     @property
     def complete(self) -> bool:
@@ -79,7 +79,8 @@ class Vrings:
         self._state = vdev.virtio
         self._translate = translate
         self._inflight = inflight
-        self._rings = tuple(Vring(index) for index in range(len(vdev.queue_sizes)))
+        ctx = vdev.ctx
+        self._rings = tuple(Vring(index, lambda: ctx.worker) for index in range(len(vdev.queue_sizes)))
         self._calls = tuple(ring.calls.signal for ring in self._rings)
 
     def __getitem__(self, index: int) -> Vring:

@@ -16,7 +16,7 @@ from qvm_vhost_user.testing import BackendChannel as FarEnd
 from qvm_vhost_user.wire import Fd
 from session_kit import descriptors
 
-from qvmcore.api import ClientError
+from qvmcore.api import ClientError, Worker
 
 Check = Callable[[Fd, str], None]
 LOG = logging.LoggerAdapter(logging.getLogger("qvm.vdev.test"), {})
@@ -27,6 +27,11 @@ def nothing_left_open() -> Iterator[None]:
     before = descriptors()
     yield
     assert not descriptors() - before
+
+
+def nobody() -> Worker:
+    """Only sockets need a worker."""
+    raise AssertionError("asked for a worker")
 
 
 def folder() -> int:
@@ -97,7 +102,7 @@ def test_a_kick_is_an_eventfd_and_stays_as_it_is() -> None:
 def test_a_signal_is_eight_bytes_and_never_waits() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    notifier = Notifier()
+    notifier = Notifier(nobody)
     notifier.signal()
     notifier.set(Fd(writer))
     notifier.signal()
@@ -113,7 +118,7 @@ def test_a_signal_is_eight_bytes_and_never_waits() -> None:
 def test_a_descriptor_that_is_replaced_is_closed_and_silent() -> None:
     one, other = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK)
     seen = os.dup(one)
-    notifier = Notifier()
+    notifier = Notifier(nobody)
     notifier.set(Fd(one))
     notifier.set(Fd(other))
     notifier.signal()

@@ -141,6 +141,8 @@ class PackedModel(RuleBasedStateMachine):
         assert (length, bool(flags & spec.VIRTQ_DESC_F_WRITE)) == (written, written > 0)
         self.used += len(request.descriptors)
         self.given_back[request.head] = (request, written, data[:written])
+        if self.queue._signalled == self.queue._pushed:
+            self.tell()  # before notify(): a part of a batch, or all there was
 
     @rule()
     def notify(self) -> None:
@@ -149,6 +151,9 @@ class PackedModel(RuleBasedStateMachine):
 
     def notified(self) -> None:
         self.budget = self.driver.size
+        self.tell()
+
+    def tell(self) -> None:
         place, flags = self.event
         if self.told < self.used:
             if flags == spec.RING_EVENT_FLAGS_DESC and self.driver.event_idx:

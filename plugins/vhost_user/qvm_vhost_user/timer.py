@@ -6,6 +6,7 @@ The time-out of epoll has milliseconds, and Python makes such timers itself only
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import time
 
@@ -18,6 +19,13 @@ class _Time(ctypes.Structure):
     _fields_ = (
         ("every_s", ctypes.c_long), ("every_ns", ctypes.c_long), ("s", ctypes.c_long), ("ns", ctypes.c_long),
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _after(microseconds: int) -> object:
+    """The same few times are asked for over and over, by the path of every request."""
+    seconds, rest = divmod(microseconds, 1_000_000)
+    return ctypes.byref(_Time(0, 0, seconds, rest * 1000))
 
 
 class Timer:
@@ -35,8 +43,7 @@ class Timer:
 
     def start(self, microseconds: int) -> None:
         """Run out once, after so long; whatever was going on before is forgotten."""
-        seconds, rest = divmod(microseconds, 1_000_000)
-        _libc.timerfd_settime(self.fd, 0, ctypes.byref(_Time(0, 0, seconds, rest * 1000)), None)
+        _libc.timerfd_settime(self.fd, 0, _after(microseconds), None)
 
     def close(self) -> None:
         """Close the descriptor; idempotent."""

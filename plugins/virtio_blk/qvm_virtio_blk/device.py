@@ -188,13 +188,9 @@ class VirtioBlk(VirtioVdev):
                             self._check_size(backend)
                         written = self._serve(backend, request)
                     status = spec.S_OK
-                except RequestError as error:
-                    status = error.status
-                    self._stats.failed(session.name, error.why)
-                except OSError as error:
-                    status = spec.S_IOERR
-                    self._stats.failed(session.name, reason(error))
-                    self._check_size(backend)
+                except (RequestError, OSError) as error:
+                    status = self._failed(error)
+                    self._check_size(backend)  # it may have been about what is there now, or no more
                 # As answer() does, without the call.
                 last = chain.writers[-1]
                 last[len(last) - 1] = status
@@ -202,8 +198,6 @@ class VirtioBlk(VirtioVdev):
         finally:
             self._stats.reads += reads
             self._stats.bytes_read += moved
-        if not measured:
-            self._check_size(backend)  # a read behind the end fails by itself: this can wait until now
 
     def serve_now(self, index: int, queue: Virtqueue) -> bool:
         """Reads from and writes into the host's page cache. Everything else, errors too, is the worker's."""
@@ -238,9 +232,16 @@ class VirtioBlk(VirtioVdev):
                 queue.unpop(chain)
                 return False
             answer(queue, chain, spec.S_OK, done)
-        if not measured:
-            self._check_size(backend)
         return True
+
+    def _failed(self, error: RequestError | OSError) -> int:
+        """The status of a request that failed, which is counted."""
+        session = self._session
+        if isinstance(error, RequestError):
+            self._stats.failed(session.name, error.why)
+            return error.status
+        self._stats.failed(session.name, reason(error))
+        return spec.S_IOERR
 
     def _serve(self, backend: Backend, request: Request) -> int:
         """Everything but a read; returns the bytes written into the chain, the status included.

@@ -162,6 +162,6 @@ def test_5_2_6_2_block_device_grows(disk: Disk, start: Start, loop: tuple[Path, 
     guest = start(plugged)
     os.truncate(backing, 2 << 20)
     subprocess.run(["losetup", "-c", device], check=True, env={**os.environ, "PATH": "/sbin:/usr/sbin:/bin"})
-    assert guest.alive() and guest.driver.config(0, 8) == 4096
+    assert guest.write(0, bytes(512)) == OK and guest.driver.config(0, 8) == 4096
     assert guest.read(4095) == (OK, bytes(512))
     plugged.terminate()

@@ -282,7 +282,8 @@ class DeviceLife:
             # It is not ours, and nothing is read from it: its owner could make a read wait.
             worker.watch(kick, self._server(index), edge=True)
         if self._serves_now:
-            self._at_once[index] = visitor(index, self.queue, self._vdev.serve_now, self.needs_reset)
+            visit = visitor(index, self.queue, self._vdev.serve_now, self.needs_reset)
+            self._at_once[index] = partial(worker.visit, visit)
         # Buffers offered before this came without a notification.
         doorbell.signal()
 

@@ -103,7 +103,13 @@ class PciTransport:
     def write(self, offset: int, size: int, value: int) -> None:
         """A store to BAR 0."""
         if offset >= NOTIFY:
-            self._notify(offset - NOTIFY, size, value)
+            # Which queue is meant, the address says; behind the last queue the state machine finds none.
+            index, odd = divmod(offset - NOTIFY, NOTIFY_OFF_MULTIPLIER)
+            if size == 2 and not odd:
+                self._state.notify_queue(index)
+            elif size == 4 and not odd:
+                # A position behind the number of the queue (4.1.5.2).
+                self._state.notify(value & ~0xFFFF | index)
         elif offset < ISR:
             self._common.write(offset, size, value)
         elif offset >= DEVICE:
@@ -133,19 +139,6 @@ class PciTransport:
             for index, event in enumerate(self._state.doorbells)
             for size in (2, 4)
         )
-
-    def _notify(self, offset: int, size: int, value: int) -> None:
-        """Which queue is meant, the address says; 32 bits carry a position behind its number.
-
-        Behind the last queue the state machine finds none.
-        """
-        index, odd = divmod(offset, NOTIFY_OFF_MULTIPLIER)
-        if odd:
-            return
-        if size == 2:
-            self._state.notify_queue(index)
-        elif size == 4:
-            self._state.notify(value & ~0xFFFF | index)
 
 
 def _structures(queues: int, config_length: int) -> list[Capability]:

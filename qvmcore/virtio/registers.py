@@ -145,7 +145,7 @@ class DriverRegisters(DeviceLife):
         if not self._activated or index >= len(self._doorbells):
             return
         at_once = self._at_once.get(index)
-        if at_once is None or not self._vdev.ctx.worker.visit(at_once):
+        if at_once is None or not at_once():
             self._doorbells[index].signal()
 
     def write_config(self, offset: int, size: int, value: int) -> None:

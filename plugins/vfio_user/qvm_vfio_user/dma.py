@@ -47,7 +47,8 @@ class DmaMaps:
     def __init__(self, served: Served, function: PciFunction) -> None:
         self._served = served
         self._maps: list[Map] = []
-        self._shared = False
+        #: The client has shared memory that the device can reach, and so it uses the device.
+        self.shared = False
         self._virtio = served.vdev if isinstance(served.vdev, VirtioVdev) else None
         self._reached = True
         if self._virtio is None:
@@ -84,7 +85,7 @@ class DmaMaps:
             except Refused:
                 region.close()
                 raise
-            self._shared = True
+            self.shared = True
         self._maps = maps
 
     def unmap(self, message: Message) -> bytes:
@@ -121,7 +122,7 @@ class DmaMaps:
 
     def check_shared(self) -> None:
         """The client uses the device: raises ClientError when none of its RAM is shared with it."""
-        if self._shared:
+        if self.shared:
             return
         if any(each.writable and each.end - each.start >= _RAM_SIZE for each in self._maps):
             raise ClientError(
@@ -139,7 +140,7 @@ class DmaMaps:
 
     def end(self) -> None:
         """The client is gone. Memory the vdev reaches stays, until the core has ended the vdev."""
-        maps, self._maps, self._shared = self._maps, [], False
+        maps, self._maps, self.shared = self._maps, [], False
         if not self._reached:
             for each in maps:
                 if each.region is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from qvm_vfio_user import spec
 from qvm_vfio_user.wire import TRANSFER_MAX, Refused
@@ -18,41 +19,48 @@ _LARGEST = 8
 _MULTI_MAX = 8
 
 
+class Region(NamedTuple):
+    """What a region takes, and who answers."""
+
+    size: int
+    access: frozenset[int]
+    handler: MmioHandler
+
+
 class Regions:
     """The regions of one function; ``config`` answers configuration accesses."""
 
     def __init__(self, function: PciFunction, config: MmioHandler) -> None:
-        self._function = function
-        self._config = config
-        self._windows = {bar.number: (bar.window.size, bar.window.access) for bar in function.bars}
-        self._windows[spec.CONFIG_REGION] = (spec.CONFIG_SIZE, _CONFIG_ACCESS)
+        self._regions = {
+            bar.number: Region(bar.window.size, bar.window.access, bar.handler) for bar in function.bars
+        }
+        self._regions[spec.CONFIG_REGION] = Region(spec.CONFIG_SIZE, _CONFIG_ACCESS, config)
 
     def info(self, payload: bytes) -> bytes:
         """DEVICE_GET_REGION_INFO. Raises Refused."""
         argsz, _, index, _, _, _ = spec.REGION_INFO.unpack(payload)
         if argsz < spec.REGION_INFO.size or index >= spec.REGIONS:
             raise Refused(errno.EINVAL, f"argsz {argsz}, region {index}")
-        size, _ = self._windows.get(index, (0, None))
+        size = self._regions[index].size if index in self._regions else 0
         flags = spec.REGION_READABLE | spec.REGION_WRITABLE if size else 0
         return spec.REGION_INFO.pack(spec.REGION_INFO.size, flags, index, 0, size, 0)
 
     def read(self, payload: bytes) -> bytes:
         """REGION_READ. Raises Refused."""
-        offset, region, count = spec.ACCESS.unpack(payload)
-        access = self._check(region, offset, count)
-        if count in access:
-            return payload + self._read(region, offset, count)
-        pieces = (self._read(region, at, size) for at, size in _pieces(offset, count, access))
-        return payload + b"".join(pieces)
+        offset, number, count = spec.ACCESS.unpack(payload)
+        region = self._find(number, offset, count)
+        if count in region.access:
+            return payload + region.handler.read(offset, count).to_bytes(count, "little")
+        pieces = _pieces(offset, count, region.access)
+        return payload + b"".join(_load(region, at, size) for at, size in pieces)
 
     def write(self, payload: bytes) -> bytes:
         """REGION_WRITE. Raises Refused."""
-        offset, region, count = spec.ACCESS.unpack_from(payload)
+        offset, number, count = spec.ACCESS.unpack_from(payload)
         head = spec.ACCESS.size
         if len(payload) != head + count:
             raise Refused(errno.EINVAL, f"a write of {count} bytes with {len(payload) - head} bytes of data")
-        self._check(region, offset, count)
-        self._store(region, offset, payload[head:])
+        _store(self._find(number, offset, count), offset, payload[head:])
         return payload[:head]
 
     def write_multi(self, payload: bytes) -> bytes:
@@ -65,45 +73,40 @@ class Regions:
         for offset, region, size, _ in writes:
             if size > _MULTI_MAX:
                 raise Refused(errno.EINVAL, f"a write of {size} bytes; one of many has {_MULTI_MAX} at most")
-            self._check(region, offset, size)
+            self._find(region, offset, size)
         for offset, region, size, data in writes:
-            self._store(region, offset, data[:size])
+            _store(self._regions[region], offset, data[:size])
         return payload[:head]
 
     # ---- inside ------------------------------------------------------------------------------------
 
-    def _check(self, region: int, offset: int, count: int) -> frozenset[int]:
-        """The sizes of access the region takes. Raises Refused for what is not wholly inside it."""
-        if region not in self._windows:
-            raise Refused(errno.EINVAL, f"there is no region {region}")
-        size, access = self._windows[region]
-        if count > TRANSFER_MAX or offset + count > size:
+    def _find(self, number: int, offset: int, count: int) -> Region:
+        """The region of an access. Raises Refused for what is not wholly inside one."""
+        region = self._regions.get(number)
+        if region is None:
+            raise Refused(errno.EINVAL, f"there is no region {number}")
+        if count > TRANSFER_MAX or offset + count > region.size:
             raise Refused(
-                errno.EINVAL, f"[{offset:#x}, +{count:#x}) is not in the {size:#x} bytes of {region}"
+                errno.EINVAL, f"[{offset:#x}, +{count:#x}) is not in the {region.size:#x} bytes of {number}"
             )
-        return access
+        return region
 
-    def _read(self, region: int, offset: int, size: int) -> bytes:
-        if region == spec.CONFIG_REGION:
-            value = self._config.read(offset, size)
-        else:
-            value = self._function.bar_read(region, offset, size)
-        return value.to_bytes(size, "little")
 
-    def _store(self, region: int, offset: int, data: bytes) -> None:
-        _, access = self._windows[region]
-        if len(data) in access:
-            self._write(region, offset, data)
-            return
-        for at, size in _pieces(offset, len(data), access):
-            self._write(region, at, data[at - offset : at - offset + size])
+def _load(region: Region, offset: int, size: int) -> bytes:
+    """One piece of a longer load; all ones when the window does not take its size."""
+    if size not in region.access:
+        return b"\xff" * size
+    return region.handler.read(offset, size).to_bytes(size, "little")
 
-    def _write(self, region: int, offset: int, data: bytes) -> None:
-        value = int.from_bytes(data, "little")
-        if region == spec.CONFIG_REGION:
-            self._config.write(offset, len(data), value)
-        else:
-            self._function.bar_write(region, offset, len(data), value)
+
+def _store(region: Region, offset: int, data: bytes) -> None:
+    if len(data) in region.access:
+        region.handler.write(offset, len(data), int.from_bytes(data, "little"))
+        return
+    for at, size in _pieces(offset, len(data), region.access):
+        if size in region.access:
+            piece = data[at - offset : at - offset + size]
+            region.handler.write(at, size, int.from_bytes(piece, "little"))
 
 
 def _pieces(offset: int, count: int, access: frozenset[int]) -> Iterator[tuple[int, int]]:

@@ -129,7 +129,8 @@ class VfioUserSession:
         return self._regions.read(message.payload)
 
     def _region_write(self, message: Message) -> bytes:
-        self._use()
+        if not self._dma.shared:  # nearly every message of a running guest comes here
+            self._use()
         return self._regions.write(message.payload)
 
     def _region_write_multi(self, message: Message) -> bytes:

@@ -26,13 +26,13 @@ sys.path.insert(0, str(ROOT))
 from tests.foreign import qemu, qemu11  # noqa: E402
 from tests.foreign.qemu_serve import Serve  # noqa: E402
 
-DISK = 128 << 20
+DISK = 512 << 20
 #: name -> (dd's words but the disk, blocks, unit, target)
 WORK = {
-    "read 4k": ("if={disk} of=/dev/null bs=4k count=3000 iflag=direct", 3000, "/s", 0.9),
-    "write 4k": ("if=/dev/zero of={disk} bs=4k count=3000 oflag=direct", 3000, "/s", 0.9),
-    "read 1M": ("if={disk} of=/dev/null bs=1M count=128 iflag=direct", 128, "MiB/s", 0.8),
-    "write 1M": ("if=/dev/zero of={disk} bs=1M count=128 oflag=direct", 128, "MiB/s", 0.8),
+    "read 4k": ("if={disk} of=/dev/null bs=4k count=8000 iflag=direct", 8000, "/s", 0.9),
+    "write 4k": ("if=/dev/zero of={disk} bs=4k count=8000 oflag=direct", 8000, "/s", 0.9),
+    "read 1M": ("if={disk} of=/dev/null bs=1M count=512 iflag=direct", 512, "MiB/s", 0.8),
+    "write 1M": ("if=/dev/zero of={disk} bs=1M count=512 oflag=direct", 512, "MiB/s", 0.8),
 }
 FIND = "for each in /sys/block/vd*; do echo $(cat $each/serial) /dev/${each##*/}; done"
 

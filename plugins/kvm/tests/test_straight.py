@@ -9,21 +9,11 @@ from typing import Any
 
 import pytest
 
-from plugins.kvm.tests.kvm_bench import descriptors
-from plugins.kvm.tests.test_irq import APIC, HANDLERS, PROGRAM, one_by_one, put_handlers, taken
+from plugins.kvm.tests.kvm_bench import APIC, descriptors, one_by_one, taken
 from qvmcore.api import IntrSpec
 
+#: Vector 0x42 of the guest.
 LEVEL = IntrSpec("ioapic", 6)
-
-
-@pytest.fixture
-def ready(bench: Any) -> Iterator[Any]:
-    """A guest that waits for interrupts: vector 0x42 is a level on pin 6."""
-    put_handlers(bench, HANDLERS)
-    bench.start(PROGRAM)
-    assert bench.done.wait(20)
-    yield bench
-    assert bench.ends == []
 
 
 @pytest.fixture

@@ -19,8 +19,13 @@ Any other exception that leaves a vdev is a bug of that vdev and is caught in it
 from __future__ import annotations
 
 import difflib
+import errno
+import resource
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+#: So many exceptions that led to one another are looked at.
+_CAUSES = 16
 
 
 class QvmError(Exception):
@@ -97,6 +102,39 @@ class GuestMemoryError(GuestError):
 
 class BadDescriptorChain(GuestError):
     """A virtqueue descriptor chain breaks the virtio rules."""
+
+
+def for_people(error: BaseException) -> str:
+    """What to tell a user about ``error``; empty when it is a bug of somebody's, which needs its traceback.
+
+    That no more files may be opened is nobody's bug, wherever it was noticed.
+    """
+    text, hint = (str(error), error.hint) if isinstance(error, QvmError) else ("", "")
+    what, limit = _ran_out(error)
+    if not what or hint:
+        return text
+    return f"{text or what}; {limit}"
+
+
+def _ran_out(error: BaseException) -> tuple[str, str]:
+    """What there was none left of, if that is how it came to ``error``, and the limit to raise."""
+    cause: BaseException | None = error
+    # Bounded, as causes may be set to go in a circle.
+    for _ in range(_CAUSES):
+        if isinstance(cause, OSError) and cause.errno == errno.EMFILE:
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            return "out of file descriptors", (
+                f"this process may have {soft} (hard limit {hard}): raise that with ulimit -n in its shell, "
+                "or LimitNOFILE= in its systemd unit"
+            )
+        if isinstance(cause, OSError) and cause.errno == errno.ENFILE:
+            return "too many files are open on this host", (
+                "end other programs, or raise its limit with sysctl fs.file-max"
+            )
+        if cause is None:
+            break
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return "", ""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from qvmcore.bind import DefaultBindings
 from qvmcore.doorway import Doorway
-from qvmcore.errors import ClientError
+from qvmcore.errors import ClientError, for_people
 from qvmcore.events import EventFd, stack_of
 from qvmcore.plugins import PluginHost
 from qvmcore.served import ServedLife, begin_life
@@ -149,7 +149,10 @@ class Post:
         except ClientError as error:
             log.warning("%s: connection closed: %s", name, error)
         except OSError as error:
-            log.info("%s: client disconnected: %s", name, error.strerror or error)
+            if text := for_people(error):
+                log.warning("%s: connection closed: %s", name, text)
+            else:
+                log.info("%s: client disconnected: %s", name, error.strerror or error)
         except Exception:
             log.exception("%s: connection closed: the server failed", name)
         if life.used and not self._stopping:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from qvmcore.bind import DefaultBindings
 from qvmcore.bind_pci import bind_function, make_function
-from qvmcore.errors import QvmError
+from qvmcore.errors import for_people
 from qvmcore.memory import GuestMemory
 from qvmcore.pci.function import PciFunction
 from qvmcore.pci.interrupts import PciInterrupts
@@ -178,8 +178,7 @@ def begin_life(
     """A new life, or None, with the reason in the log, when the vdev cannot be had now."""
     try:
         return ServedLife(spec, vdev, host, bindings, server, asked, poll)
-    except QvmError as error:
-        log.error("%s: cannot be served: %s", vdev.name, error)
-    except Exception:
-        log.exception("%s: cannot be served", vdev.name)
+    except Exception as error:
+        text = for_people(error)
+        log.error("%s: cannot be served%s", vdev.name, f": {text}" if text else "", exc_info=not text)
     return None

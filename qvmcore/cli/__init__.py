@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qvmcore.errors import ConfigError, QvmError
+from qvmcore.errors import ConfigError, for_people
 
 if TYPE_CHECKING:
     from qvmcore.plugins import PluginHost
@@ -42,17 +42,17 @@ def main(args: Sequence[str] | None = None, *, host: PluginHost | None = None) -
         return result if isinstance(result, int) else 0
     except ConfigError as error:
         return _say(state, str(error), EXIT_CONFIG)
-    except QvmError as error:
-        return _say(state, f"qvm: {error}", EXIT_AFTER_START if state.started else EXIT_BEFORE_START)
     except click.ClickException as error:
         error.show()
         return EXIT_USAGE
     except (click.Abort, KeyboardInterrupt):
         return _say(state, "qvm: interrupted", _EXIT_INTERRUPTED)
     except Exception as error:
-        text = f"qvm: internal error: {type(error).__name__}: {error}"
-        hint = "" if state.debug else "; run it again with --debug to see where, and please report it"
-        return _say(state, text + hint, EXIT_AFTER_START if state.started else EXIT_BEFORE_START)
+        text = for_people(error)
+        if not text:
+            text = f"internal error: {type(error).__name__}: {error}"
+            text += "" if state.debug else "; run it again with --debug to see where, and please report it"
+        return _say(state, f"qvm: {text}", EXIT_AFTER_START if state.started else EXIT_BEFORE_START)
 
 
 def _say(state: object, text: str, code: int) -> int:

@@ -24,6 +24,7 @@ SUITES = {
     "virtio-blk": ("plugins/virtio_blk/tests/test_queues.py",),
     "virtio-console": ("plugins/virtio_console",),
     "quiesce": ("plugins/quiesce/tests/test_lifeline.py",),
+    "pass": ("plugins/pass/tests/test_pass.py",),
 }  # fmt: skip
 if "QVM_FREE_THREADED" in os.environ:
     SUITES = {"chosen": tuple(os.environ["QVM_FREE_THREADED"].split())}

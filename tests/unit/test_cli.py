@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 
 from qvmcore import machine
 from qvmcore.cli import main
-from qvmcore.errors import EngineError
+from qvmcore.errors import EngineError, HostError
 from qvmcore.plugins import PluginHost
 from qvmcore.types import GuestEnd, Reason
 from tests.unit.vmfiles import BASE, DISK, write_files
@@ -340,6 +341,42 @@ def test_an_unexpected_exception_is_one_line(
         assert "Traceback" in run(*arguments).err
     monkeypatch.setenv("QVM_DEBUG", "1")
     assert "Traceback" in run("run", "vm.toml").err
+
+
+def test_too_few_file_descriptors_are_no_internal_error(
+    run: Run, ending: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However deep it was found, and whatever was made of it on the way up."""
+    monkeypatch.setattr("resource.getrlimit", lambda which: (256, 4096))
+    limit = (
+        "; this process may have 256 (hard limit 4096): raise that with ulimit -n in its shell, "
+        "or LimitNOFILE= in its systemd unit\n"
+    )
+    none_left = OSError(errno.EMFILE, "Too many open files")
+    ending(none_left, started=False)
+    result = run("run", "vm.toml")
+    assert (result.code, result.err) == (64, "qvm: out of file descriptors" + limit)
+    ending(none_left)
+    assert run("run", "vm.toml").code == 96
+    ending(_from(ImportError("no arm64 core"), none_left), started=False)
+    assert run("run", "vm.toml").err == "qvm: out of file descriptors" + limit
+    ending(_from(HostError("cannot open disk.img: Too many open files"), none_left), started=False)
+    assert run("run", "vm.toml").err == "qvm: cannot open disk.img: Too many open files" + limit
+    ending(_from(HostError("no fd is left", hint="do this"), none_left), started=False)
+    assert run("run", "vm.toml").err == "qvm: no fd is left; do this\n"
+    ending(OSError(errno.ENFILE, "Too many open files in system"), started=False)
+    assert run("run", "vm.toml").err == (
+        "qvm: too many files are open on this host; end other programs, or raise its limit "
+        "with sysctl fs.file-max\n"
+    )
+    ending(OSError(errno.EIO, "Input/output error"), started=False)
+    assert "internal error: OSError" in run("run", "vm.toml").err
+    assert "Traceback" in run("run", "--debug", "vm.toml").err
+
+
+def _from(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
 
 
 def test_interrupt_outside_of_a_machine(run: Run, ending: Callable[..., None]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -95,9 +96,9 @@ name = "right"
 
 
 class Serving:
-    """One ``qvm`` process with the fake plugin, in ``folder``."""
+    """One ``qvm`` process with the fake plugin, in ``folder``; it may open so many ``files``, if given."""
 
-    def __init__(self, folder: Path, *args: str) -> None:
+    def __init__(self, folder: Path, *args: str, files: int = 0) -> None:
         env = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(folder / "site"), *sys.path[1:]]),
             "XDG_RUNTIME_DIR": str(folder / "run"),
@@ -111,6 +112,7 @@ class Serving:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            preexec_fn=(lambda: _limit(files)) if files else None,
         )
         self.out = self.err = ""
 
@@ -146,6 +148,10 @@ class Serving:
         return client
 
 
+def _limit(files: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+
+
 Start = Callable[..., Serving]
 
 
@@ -161,8 +167,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
     (tmp_path / "lamps.toml").write_text(LAMPS)
     with contextlib.ExitStack() as stack:
 
-        def make(*args: str) -> Serving:
-            serving = Serving(tmp_path, *args)
+        def make(*args: str, files: int = 0) -> Serving:
+            serving = Serving(tmp_path, *args, files=files)
             stack.callback(_clean, serving.process)
             return serving
 
@@ -180,9 +186,9 @@ def ask(client: socket.socket, text: bytes) -> bytes:
     return client.recv(100)
 
 
-def failure(start: Start, *args: str) -> tuple[int, str]:
+def failure(start: Start, *args: str, files: int = 0) -> tuple[int, str]:
     """Exit code and message of a server that must not start; nothing on stdout, no traceback."""
-    serving = start("serve", *args)
+    serving = start("serve", *args, files=files)
     code = serving.end(None)
     assert serving.out == "" and "Traceback" not in serving.err and "internal error" not in serving.err
     return code, serving.err
@@ -424,6 +430,17 @@ def test_a_wrong_file(start: Start, tmp_path: Path, old: str, new: str, code: in
 def test_a_wrong_command_line(start: Start, args: tuple[str, ...], code: int, message: str) -> None:
     got, err = failure(start, "lamps.toml", *args)
     assert (got, message in err) == (code, True), err
+
+
+@pytest.mark.parametrize("files", [5, 6, 7])
+def test_too_few_file_descriptors_are_named_with_their_limit(start: Start, files: int) -> None:
+    """Wherever the last one is taken: no bug, but a limit of the host."""
+    code, err = failure(start, "lamps.toml", "--lines", "dir", files=files)
+    assert code == 64
+    assert err.splitlines()[-1].endswith(
+        f"; this process may have {files} (hard limit {files}): raise that with ulimit -n in its shell, "
+        "or LimitNOFILE= in its systemd unit"
+    )
 
 
 def test_without_a_file(start: Start) -> None:

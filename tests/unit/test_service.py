@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -50,6 +51,8 @@ class Lamp(Vdev):
         Life.events.append("configured")
         if self.broken == "configured":
             raise HostError("no bulb")
+        if self.broken == "files":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         self.ctx.on_terminate(lambda end: Life.events.append("dma"), phase=Phase.STOP_DMA)
 
     def on_starting(self) -> None:
@@ -66,7 +69,9 @@ class Lamp(Vdev):
 
 
 class LineServer:
-    """A protocol of lines: ``use``, ``memory``, ``read``, ``bad``, ``boom``, ``reset``, ``end``."""
+    """A protocol of lines: ``use``, ``memory``, ``read``, ``bad``, ``boom``, ``files``, ``fault``, ``reset``,
+    ``end``.
+    """
 
     name: ClassVar[str] = "lines"
     pci: ClassVar[bool] = True
@@ -107,6 +112,8 @@ class LineSession:
             raise ClientError("it said bad")
         elif word == "boom":
             raise RuntimeError("a bug of the server")
+        elif word == "files":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         elif word == "fault":
             served.fault(RuntimeError("a bug of the vdev"))
         elif word == "reset":
@@ -303,7 +310,12 @@ def test_a_client_may_come_back_at_once(run: Any) -> None:
 
 @pytest.mark.parametrize(
     ("word", "logged"),
-    [("bad", "connection closed: it said bad"), ("boom", "the server failed"), ("end", "asked for an end")],
+    [
+        ("bad", "connection closed: it said bad"),
+        ("boom", "the server failed"),
+        ("files", "connection closed: out of file descriptors; this process may have"),
+        ("end", "asked for an end"),
+    ],
 )
 def test_one_bad_connection_leaves_the_others_alone(
     run: Any, caplog: pytest.LogCaptureFixture, word: str, logged: str
@@ -346,17 +358,24 @@ def test_a_reset_reaches_the_vdev_and_its_function(run: Any) -> None:
     client.close()
 
 
+@pytest.mark.parametrize(
+    ("broken", "logged"),
+    [
+        ("configured", "cannot be served: no bulb"),
+        ("files", "cannot be served: out of file descriptors; this process may have"),
+    ],
+)
 def test_a_vdev_that_cannot_be_made_again_turns_clients_away_until_it_can(
-    run: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    run: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, broken: str, logged: str
 ) -> None:
     running = run()
     client = running.client()
     client.say("use")
-    monkeypatch.setattr(Lamp, "broken", "configured")
+    monkeypatch.setattr(Lamp, "broken", broken)
     client.close()
     refused = running.client()
     assert refused.say("read") == ""
-    assert "cannot be served: no bulb" in caplog.text
+    assert logged in caplog.text and "Traceback" not in caplog.text
     refused.close()
     monkeypatch.setattr(Lamp, "broken", "")
     again = running.client()

@@ -29,6 +29,8 @@ DEVICE = 0x0900_0000
 DEVICE_VALUE = 0xABCD_0000
 DEVICE_LINE = IntrSpec("gic", 40)
 _POLL = 0.0001
+#: Seconds: a trial takes hundredths of one; only a guest that hangs may be given up, not a host that is busy.
+TIMEOUT = 30.0
 
 
 @dataclass
@@ -47,7 +49,7 @@ def run_trial(
     loops: int,
     patches: int,
     last_call: int = 0,
-    timeout: float = 5.0,
+    timeout: float = TIMEOUT,
     kick: bool = True,
 ) -> Result:
     """Run the program once; ``loops`` and ``patches`` set its length, ``timeout`` is in seconds."""
@@ -82,16 +84,19 @@ def run_trial(
     deadline = time.monotonic() + timeout
     pulses = 0
     stage = memory.view(program.SLOTS + Slot.STAGE, 8)
-    while not done.wait(_POLL) and time.monotonic() < deadline:
-        if stage[0] == program.COUNTING:
-            line.pulse()
-            pulses += 1
-            if kick:
-                guest.kick()
-    stage.release()
-    stopped = guest.stop(timeout)
-    words = {slot: int.from_bytes(memory.read(program.SLOTS + slot, 8), "little") for slot in Slot}
-    guest.close()
-    if stopped:
-        memory.close()
+    try:
+        while not done.wait(_POLL) and time.monotonic() < deadline:
+            if stage[0] == program.COUNTING:
+                line.pulse()
+                pulses += 1
+                if kick:
+                    guest.kick()
+    finally:
+        # Also when nobody wants to wait for it any more: nothing runs on, nothing is left open.
+        stage.release()
+        stopped = guest.stop(timeout)
+        words = {slot: int.from_bytes(memory.read(program.SLOTS + slot, 8), "little") for slot in Slot}
+        guest.close()
+        if stopped:
+            memory.close()
     return Result(ends[0] if ends and stopped else None, words, pulses, writes)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -107,3 +110,27 @@ def test_selftest_notices_missing_cache_maintenance(monkeypatch: pytest.MonkeyPa
     found = problems(run_trial(FastCpu, loops=10_000, patches=64), 10_000)
     assert len(found) == 1
     assert "STALE" in found[0]
+
+
+def test_a_busy_host_does_not_fail_the_selftest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty seconds have passed before the test guest got far: that is no fault of the core."""
+    passed = itertools.chain([0.0], itertools.repeat(20.0))
+    monkeypatch.setattr("qvm_emulator.trial.time", SimpleNamespace(monotonic=lambda: next(passed)))
+    assert problems(run_trial(SafeCpu, loops=1_000, patches=5), 1_000) == []
+
+
+def test_an_interrupted_selftest_leaves_nothing_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a second Ctrl-C while a VM starts."""
+    interrupts = itertools.count()
+
+    def monotonic() -> float:
+        if next(interrupts):
+            raise KeyboardInterrupt
+        return 0.0
+
+    monkeypatch.setattr("qvm_emulator.trial.time", SimpleNamespace(monotonic=monotonic))
+    threads, fds = set(threading.enumerate()), os.listdir("/proc/self/fd")
+    with pytest.raises(KeyboardInterrupt):
+        run_trial(SafeCpu, loops=1 << 40, patches=5)
+    assert set(threading.enumerate()) <= threads
+    assert len(os.listdir("/proc/self/fd")) <= len(fds)

@@ -11,7 +11,7 @@ import pytest
 from qvm_kvm.engine import KvmEngine
 
 from plugins.kvm.tests.guests import asm
-from plugins.kvm.tests.kvm_bench import bench, kvm, make_bench  # noqa: F401
+from plugins.kvm.tests.kvm_bench import bench, kvm, make_bench, ready  # noqa: F401
 from qvmcore.api import AddressSpace, CpuEntry, Guest, GuestConfig, GuestEnd, GuestMemory, MmioHandler, Window
 from qvmcore.bus import all_ones
 from qvmcore.testing.guest_archs import X86_64, write_identity_tables

@@ -3,50 +3,15 @@
 from __future__ import annotations
 
 import resource
-import struct
-from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from qvm_kvm import irq
 
+from plugins.kvm.tests.kvm_bench import APIC, one_by_one, put_handlers, taken
 from qvmcore.api import EngineError, IntrSpec
 
-#: Vectors 0x40, 0x41 (pin 5, edge), 0x42 (pin 6, level); each handler writes its vector to port 0xe0.
-PROGRAM = """
-10000 0f011d4a000000  lidt 0x4a(%rip) # 0x10051
-10007 bbf000e0fe  mov $0xfee000f0,%ebx
-1000c c703ff010000  movl $0x1ff,(%rbx)
-10012 bb0000c0fe  mov $0xfec00000,%ebx
-10017 c7031a000000  movl $0x1a,(%rbx)
-1001d c7431041000000  movl $0x41,0x10(%rbx)
-10024 c7031b000000  movl $0x1b,(%rbx)
-1002a c7431000000000  movl $0x0,0x10(%rbx)
-10031 c7031c000000  movl $0x1c,(%rbx)
-10037 c7431042800000  movl $0x8042,0x10(%rbx)
-1003e c7031d000000  movl $0x1d,(%rbx)
-10044 c7431000000000  movl $0x0,0x10(%rbx)
-1004b fb  sti
-1004c e6e9  out %al,$0xe9
-1004e f4  hlt
-1004f ebfd  jmp 0x1004e
-10051 ff0f0000020000000000  IDTR: limit 0xfff, base 0x20000
-1005b 50  push %rax
-1005c b040  mov $0x40,%al
-1005e eb08  jmp 0x10068
-10060 50  push %rax
-10061 b041  mov $0x41,%al
-10063 eb03  jmp 0x10068
-10065 50  push %rax
-10066 b042  mov $0x42,%al
-10068 e6e0  out %al,$0xe0
-1006a b8b000e0fe  mov $0xfee000b0,%eax
-1006f c70000000000  movl $0x0,(%rax)
-10075 58  pop %rax
-10076 48cf  iretq
-"""
 #: Counts channel 0 of the PIT down once; IOAPIC pin 2 is vector 0x41.
 TIMER = """
 10000 0f011d3a000000  lidt 0x3a(%rip) # 0x10041
@@ -102,40 +67,6 @@ PIC = """
 10034 58  pop %rax
 10035 48cf  iretq
 """
-
-HANDLERS = {0x40: 0x1005B, 0x41: 0x10060, 0x42: 0x10065}
-IDT = 0x20000
-APIC = 0xFEE00000
-
-
-def put_handlers(bench: Any, handlers: dict[int, int]) -> None:
-    """Fill the guest's IDT: vector -> address."""
-    for vector, handler in handlers.items():
-        gate = struct.pack("<HHBBHII", handler & 0xFFFF, 0x10, 0, 0x8E, handler >> 16, 0, 0)
-        bench.memory.write(IDT + 16 * vector, gate)
-
-
-@pytest.fixture
-def ready(bench: Any) -> Iterator[Any]:
-    """A guest that waits for interrupts."""
-    put_handlers(bench, HANDLERS)
-    bench.start(PROGRAM)
-    assert bench.done.wait(20)
-    yield bench
-    assert bench.ends == []
-
-
-def taken(bench: Any) -> Counter[int]:
-    """How often each vector's handler ran."""
-    return Counter(value for space, how, _, _, value in bench.accesses if (space, how) == ("io", "w"))
-
-
-def one_by_one(bench: Any, vector: int, count: int, signal: Callable[[], None]) -> None:
-    """Each signal is exactly one interrupt."""
-    for number in range(1, count + 1):
-        signal()
-        assert bench.wait(lambda number=number: taken(bench)[vector] == number), f"lost number {number}"
-    assert taken(bench)[vector] == count
 
 
 def test_an_edge_is_one_write_to_an_irqfd(ready: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import ClassVar
 
 from qvm_quiesce import pci
@@ -76,7 +77,7 @@ class Pass(PciVdev):
         # Known before the start: a guard process gets it, and maps it as we do.
         hardware.give_memory(
             [
-                Ram(each.start, each.size, each.fd, each.host_address, each.view)
+                Ram(each.start, each.size, each.fd, each.host_address, partial(getattr, each, "view"))
                 for each in self.ctx.memory.regions
                 if not each.rom
             ]

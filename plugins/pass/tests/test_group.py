@@ -46,7 +46,7 @@ def kernel(host: Any) -> FakeKernel:
 @pytest.fixture
 def ram() -> Iterator[Ram]:
     region = MemoryRegion(MemorySpec(1 << 30, 1 << 20))
-    yield Ram(region.start, region.size, region.fd, region.host_address, region.view)
+    yield Ram(region.start, region.size, region.fd, region.host_address, lambda: region.view)
     region.close()
 
 

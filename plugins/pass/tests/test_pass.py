@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -244,6 +247,28 @@ def test_rom_is_not_the_device_s(host: Any) -> None:
         assert list(kernel.mappings) == [0x8000_0000]
         (hardware,) = plugged.vdev.hardware()
         assert [view.nbytes for view in hardware.memory()] == [1 << 20]
+
+
+def test_memory_is_looked_at_by_several_threads_at_the_same_time(passed: Any) -> None:
+    """Each device is proven quiet on a thread of its own. With a GIL this holds anyway."""
+    plugged = passed(start=False)
+    (hardware,) = plugged.vdev.hardware()
+    together = threading.Barrier(2)
+    views: list[memoryview] = []
+
+    def look() -> None:
+        together.wait()
+        (view,) = hardware.memory()
+        views.append(view)
+        for start in range(60_000):
+            view[start : start + 16]
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(look) for _ in range(2)]:
+            done.result()
+    assert [view.nbytes for view in views] == [plugged.memory.regions[0].size] * 2
+    threads_meet = not getattr(sys, "_is_gil_enabled", lambda: True)()
+    assert (views[0] is not views[1]) == threads_meet, "one for each, where threads meet"
 
 
 def test_the_end_gives_everything_back(passed: Any) -> None:

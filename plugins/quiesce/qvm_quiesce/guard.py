@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,8 +27,11 @@ from qvm_quiesce.subject import Policy
 
 #: Descriptors that fit into one message (SCM_MAX_FD of Linux is 253).
 _FDS_PER_MESSAGE = 200
-#: Seconds the guard has to say that it watches.
-START_TIMEOUT = 5.0
+#: Seconds the guard has to say that it watches. It takes hundredths of one where the host is not busy: only
+#: one that hangs may be given up.
+START_TIMEOUT = 30.0
+#: Milliseconds between two looks whether it is still wanted.
+_LOOK = 100
 # Behind the standard library: nothing that was installed beside this may take the place of a part of it.
 _BOOT = "import sys; sys.path += {paths!r}; from qvm_quiesce.guard_main import main; main({fd})"
 
@@ -48,10 +53,17 @@ class Guard:
         self._over = False
 
     @classmethod
-    def start(cls, vm: str, devices: Sequence[Device], state: Path) -> Guard:
+    def start(
+        cls,
+        vm: str,
+        devices: Sequence[Device],
+        state: Path,
+        unwanted: Callable[[], bool] = lambda: False,
+    ) -> Guard:
         """Start one and wait until it watches. Raises GuardError, HardwareError or OSError.
 
-        Keep the object: when it goes, its socket closes, and the guard takes the VM for dead.
+        Keep the object: when it goes, its socket closes, and the guard takes the VM for dead. It is not
+        waited for any more when it is ``unwanted()``, which is asked several times a second.
         """
         handovers = [hardware.handover() for hardware, _, _ in devices]
         try:
@@ -59,14 +71,20 @@ class Guard:
         except LifelineError as error:
             raise GuardError(f"its lifeline cannot be made: {error}") from error
         try:
-            return cls._start(vm, devices, state, handovers, lifeline)
+            return cls._start(vm, devices, state, handovers, lifeline, unwanted)
         except BaseException:
             lifeline.release()
             raise
 
     @classmethod
     def _start(
-        cls, vm: str, devices: Sequence[Device], state: Path, handovers: list[Handover], lifeline: Lifeline
+        cls,
+        vm: str,
+        devices: Sequence[Device],
+        state: Path,
+        handovers: list[Handover],
+        lifeline: Lifeline,
+        unwanted: Callable[[], bool],
     ) -> Guard:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         paths = sorted({str(Path(__file__).parents[1]), *(each.path for each in handovers)})
@@ -90,6 +108,7 @@ class Guard:
         try:
             ours.settimeout(START_TIMEOUT)
             guard._brief(vm, devices, [each._asdict() for each in handovers], state)
+            _wait_for_answer(ours, unwanted)
             answer = ours.recv(4096)
             if answer != b"watching":
                 raise GuardError(
@@ -172,3 +191,14 @@ class Guard:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def _wait_for_answer(channel: socket.socket, unwanted: Callable[[], bool]) -> None:
+    poll = select.poll()
+    poll.register(channel, select.POLLIN)
+    deadline = time.monotonic() + START_TIMEOUT
+    while not poll.poll(_LOOK):
+        if unwanted():
+            raise GuardError("the guard process that was being started is not wanted any more")
+        if time.monotonic() >= deadline:
+            raise GuardError(f"the guard process did not start within {START_TIMEOUT:g} s")

@@ -68,7 +68,7 @@ class Hardware(Protocol):
         """How many interrupts have arrived since the start; counts on when nobody takes them."""
 
     def memory(self) -> Sequence[memoryview]:
-        """The memory it can write to by DMA."""
+        """The memory it can write to by DMA. The views are for the calling thread: each asks anew."""
 
     def unmap_dma(self) -> None:
         """Take that memory away from it. Idempotent."""

@@ -113,6 +113,8 @@ class Session:
         #: Held while a guard starts. Never waited for before DMA has stopped.
         self._lock = threading.Lock()
         self._ending = threading.Event()
+        #: Set when the proof is over and no memory is to be kept: nobody waits for a new guard any more.
+        self._unwanted = threading.Event()
         self._lost: deque[float] = deque(maxlen=RESTARTS)
         self._guard: Guard | None = None
         if self._guarded:
@@ -125,7 +127,7 @@ class Session:
         stop, mask, prove = (
             bound(each, policies) + _MARGIN for each in (steps.STOP_DMA, steps.MASK_AND_RESET, steps.PROVE)
         )
-        # The report waits for a guard that is just being started.
+        # The report waits for a guard that is just being started: to its end when it is to keep memory.
         report = prove + START_TIMEOUT + _MARGIN
         return [
             TerminationCallback("quiesce", Phase.STOP_DMA, self._stop_dma, stop, self._quiets),
@@ -158,10 +160,12 @@ class Session:
             if device.verdict is Verdict.QUARANTINED
             and self._tables[device.device].options.on_failure == "quarantine"
         ]
+        held = [hardware.name for hardware, _, _ in self._guarded if hardware.name in keep]
+        if not held:
+            self._unwanted.set()
         with self._lock:
             # Nobody starts another one from here on: the devices are released next.
             guard, self._guard = self._guard, None
-        held = [hardware.name for hardware, _, _ in self._guarded if hardware.name in keep]
         if guard is not None and guard.running and held:
             evidence.keeper, evidence.keeper_started = guard.pid, files.started(guard.pid)
         level = logging.INFO if evidence.verdict is Verdict.QUIESCED else logging.ERROR
@@ -201,7 +205,7 @@ class Session:
 
     def _start_guard(self) -> Guard:
         try:
-            guard = Guard.start(self._vm, self._guarded, self._state)
+            guard = Guard.start(self._vm, self._guarded, self._state, self._unwanted.is_set)
         except (GuardError, HardwareError, OSError) as error:
             raise HostError(
                 f"quiesce: no guard process: {error}", hint="guard = false does without"
@@ -227,5 +231,7 @@ class Session:
                     log.info("quiesce: a new guard process watches (pid %d)", self._guard.pid)
                     return
                 except HostError as error:
+                    if self._unwanted.is_set():
+                        return
                     log.error("%s", error)
         tables[0].ctx.request_shutdown("nobody guards the physical devices any more")

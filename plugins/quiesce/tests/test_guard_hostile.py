@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -13,14 +14,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from qvm_quiesce import guard as guard_module
 from qvm_quiesce import state as files
 from qvm_quiesce import steps
 from qvm_quiesce.attach import attach
 from qvm_quiesce.cli import _end
-from qvm_quiesce.guard import Guard
+from qvm_quiesce.guard import Guard, GuardError
 from qvm_quiesce.guard_main import _lingers, _receive
 from qvm_quiesce.simulated import Faults, SimulatedDevice, shared
 from qvm_quiesce.subject import Policy
@@ -331,6 +334,55 @@ def test_nothing_is_left_when_a_guard_cannot_be_started(state: Path, monkeypatch
     monkeypatch.setattr(sys, "executable", "/nonexistent/python")
     with pytest.raises(FileNotFoundError):
         Guard.start("vm", [(device, record, Policy())], state)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.fixture
+def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """``python(script)``: what runs in the place of a guard, which would be ``"$@"``."""
+
+    def replace(script: str) -> None:
+        stub = tmp_path / "python"
+        stub.write_text(f'#!/bin/sh\nset -- {sys.executable} "$@"\n{script}\n')
+        stub.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(stub))
+
+    return replace
+
+
+def test_a_busy_host_does_not_fail_the_start(
+    state: Path, python: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty seconds have passed before the guard was looked at for the second time."""
+    device = shared("0000:01:00.0")
+    passed = itertools.chain([0.0], itertools.repeat(20.0))
+    monkeypatch.setattr(guard_module, "time", SimpleNamespace(monotonic=lambda: next(passed)))
+    python('sleep 0.5; exec "$@"')
+    guard = Guard.start("vm", [(device, attach(device), Policy())], state)
+    assert guard.running and next(passed) == 20.0
+    guard.dismiss()
+
+
+@pytest.mark.parametrize(
+    ("limit", "unwanted", "message"),
+    [(0.2, False, r"did not start within 0\.2 s"), (60.0, True, "is not wanted any more")],
+    ids=["hangs", "unwanted"],
+)
+def test_a_guard_that_does_not_start_is_not_waited_for(
+    state: Path,
+    python: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    limit: float,
+    unwanted: bool,
+    message: str,
+) -> None:
+    device = shared("0000:01:00.0")
+    record = attach(device)
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(guard_module, "START_TIMEOUT", limit)
+    python("exec sleep 60")
+    with pytest.raises(GuardError, match=message):
+        Guard.start("vm", [(device, record, Policy())], state, lambda: unwanted)
     assert len(os.listdir("/proc/self/fd")) == before
 
 

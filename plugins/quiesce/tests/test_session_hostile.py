@@ -14,7 +14,7 @@ import pytest
 from qvm_quiesce import plugin, session, steps
 from qvm_quiesce import state as files
 from qvm_quiesce.cli import _end
-from qvm_quiesce.guard import Guard
+from qvm_quiesce.guard import Guard, GuardError
 from qvm_quiesce.runner import bound
 from qvm_quiesce.session import Session
 from qvm_quiesce.simulated import Faults, SimulatedDevice, shared
@@ -223,6 +223,56 @@ def test_a_guard_that_is_just_being_started_does_not_delay_the_end_of_dma(
 
     assert build(tmp_path, script).run().code == 0
     assert seen == [False], "DMA had stopped while the new guard was still being started"
+
+
+@pytest.mark.parametrize("quarantined", [False, True])
+def test_a_guard_that_is_just_being_started_is_waited_for_only_to_keep_memory(
+    tmp_path: Path,
+    devices: Any,
+    sessions: list[Session],
+    state: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    quarantined: bool,
+) -> None:
+    made = devices(Faults(masters_in_secret=quarantined))
+    starting = threading.Event()
+    original = Guard.start.__func__  # type: ignore[attr-defined]
+    wanted: list[bool] = []
+
+    def slow(cls: Any, *arguments: Any) -> Guard:
+        if sessions:
+            starting.set()
+            unwanted = arguments[3]
+            limit = time.monotonic() + (2 if quarantined else 20)
+            while not unwanted() and time.monotonic() < limit:
+                time.sleep(0.001)
+            wanted.append(not unwanted())
+            if unwanted():
+                raise GuardError("unwanted")
+        guard: Guard = original(cls, *arguments)
+        return guard
+
+    monkeypatch.setattr(Guard, "start", classmethod(slow))
+
+    def script(guest: ScriptedGuest) -> None:
+        made[0].start()
+        guard = sessions[0]._guard
+        assert guard is not None
+        os.kill(guard.pid, signal.SIGKILL)
+        assert starting.wait(20)
+        guest.power_off()
+
+    vm = build(tmp_path, script)
+    outcome = vm.run()
+    vm._memory.close()
+    assert wanted == [quarantined]
+    assert (outcome.code, outcome.end.message) == (8 if quarantined else 0, "the guest powered off")
+    assert "no guard process" not in caplog.text and "nobody guards" not in caplog.text
+    if quarantined:
+        pidfd = os.pidfd_open(files.quarantined(state)["0000:0a:00.0"]["keeper"])
+        assert _end(pidfd), "the new guard holds the memory"
+        os.close(pidfd)
 
 
 def test_the_new_guard_that_comes_too_late_is_sent_away(

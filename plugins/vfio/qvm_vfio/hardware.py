@@ -38,14 +38,15 @@ _EXTENDED_CONFIG = 4096
 class Ram(NamedTuple):
     """Memory a device may reach: ``size`` bytes, at ``iova`` for it and ``address`` for this process.
 
-    ``fd`` is the memfd behind it, the range starting at its first byte; ``view`` is the memory.
+    ``fd`` is the memfd behind it, the range starting at its first byte. ``view()`` is the memory, for the
+    thread that asks: without a GIL each thread that slices it needs a view of its own.
     """
 
     iova: int
     size: int
     fd: int
     address: int
-    view: memoryview
+    view: Callable[[], memoryview]
 
 
 class VfioHardware:
@@ -146,8 +147,8 @@ class VfioHardware:
         return self._irqs.count()
 
     def memory(self) -> Sequence[memoryview]:
-        """What :meth:`give_memory` was given."""
-        return [each.view for each in self._memory]
+        """What :meth:`give_memory` was given; the views are for the calling thread."""
+        return [each.view() for each in self._memory]
 
     def unmap_dma(self) -> None:
         """Take the memory out of the IOMMU; or leave it there for a function of its group that has it."""
@@ -325,12 +326,17 @@ def adopt(values: dict[str, Any], fds: Sequence[int], kernel: Kernel | None = No
             except (OSError, ValueError) as error:
                 raise VfioError(f"{name}: its memory cannot be mapped: {error}") from error
             hardware.keep_map(own, fd)
-            memory.append(Ram(iova, size, fd, 0, memoryview(own)))
+            memory.append(Ram(iova, size, fd, 0, _view_of(own)))
     except BaseException:
         space.leave()
         raise
     hardware.give_memory(memory, mapped=True)
     return hardware
+
+
+def _view_of(own: mmap.mmap) -> Callable[[], memoryview]:
+    """Nobody else has this mapping, and one thread at a time is at work on a device."""
+    return lambda: memoryview(own)
 
 
 def _device(kernel: Kernel, name: str, fd: int) -> VfioDevice:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def ram() -> Iterator[Ram]:
     fd = os.memfd_create("ram")
     os.ftruncate(fd, 4096)
     memory = mmap.mmap(fd, 4096)
-    yield Ram(16 << 20, 4096, fd, ctypes.addressof(ctypes.c_char.from_buffer(memory)), memoryview(memory))
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    yield Ram(16 << 20, 4096, fd, address, lambda: memoryview(memory))
     os.close(fd)
 
 
@@ -354,6 +356,24 @@ def test_dma_reaches_the_memory_until_it_is_unmapped(hardware: VfioHardware, ram
     assert not kernel.dma(NAME, ram.iova, b"late")
     hardware.unmap_dma()
     assert kernel.calls.count("IOMMU_UNMAP_DMA") == 1
+
+
+def test_views_of_the_memory_are_taken_by_the_thread_that_asks(hardware: VfioHardware, ram: Ram) -> None:
+    """Without a GIL a view is for the thread that took it."""
+    takers: list[int] = []
+
+    def view() -> memoryview:
+        takers.append(threading.get_ident())
+        return ram.view()
+
+    hardware.give_memory([ram._replace(view=view)])
+    hardware.map_dma()
+    assert takers == []
+    other = threading.Thread(target=hardware.memory)
+    other.start()
+    other.join()
+    hardware.memory()
+    assert takers == [other.ident, threading.get_ident()]
 
 
 @pytest.mark.parametrize(

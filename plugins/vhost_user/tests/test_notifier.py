@@ -7,26 +7,20 @@ import os
 import select
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from qvm_vhost_user.channel import BackendChannel
 from qvm_vhost_user.notifier import Notifier, check_call, check_kick
 from qvm_vhost_user.testing import BackendChannel as FarEnd
 from qvm_vhost_user.wire import Fd
-from session_kit import descriptors
 
 from qvmcore.api import ClientError, Worker
 
 Check = Callable[[Fd, str], None]
 LOG = logging.LoggerAdapter(logging.getLogger("qvm.vdev.test"), {})
 
-
-@pytest.fixture(autouse=True)
-def nothing_left_open() -> Iterator[None]:
-    before = descriptors()
-    yield
-    assert not descriptors() - before
+pytestmark = pytest.mark.usefixtures("nothing_left_open")
 
 
 def nobody() -> Worker:

@@ -4,37 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from qvm_vhost_user.protocol import CONFIG, U64, Request
 from qvm_vhost_user.testing import Client, Refused
 from qvm_virtio_blk.device import VirtioBlk
 from qvm_virtio_entropy import VirtioEntropy
-from session_kit import ServedVdev, descriptors, make_disk, rejected
+from session_kit import ServedVdev, rejected
 
 from qvmcore.virtio import spec
 
 VERSION_1 = 1 << spec.VIRTIO_F_VERSION_1
 F_CONFIG_WCE, WCE = 1 << 11, 32
 
-
-@pytest.fixture(autouse=True)
-def nothing_left_open() -> Iterator[None]:
-    before = descriptors()
-    yield
-    assert not descriptors() - before
+pytestmark = pytest.mark.usefixtures("nothing_left_open")
 
 
 @pytest.fixture
 def served() -> Iterator[ServedVdev[VirtioEntropy]]:
     with ServedVdev(VirtioEntropy) as served:
-        yield served
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[ServedVdev[VirtioBlk]]:
-    with make_disk(tmp_path) as served:
         yield served
 
 

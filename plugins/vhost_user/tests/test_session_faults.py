@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from qvm_vhost_user.protocol import ADDRESS, NO_FD, REGION, SINGLE, STATE, U64, Request
@@ -20,9 +18,7 @@ from session_kit import (
     WITHOUT_INFLIGHT,
     ServedVdev,
     content,
-    descriptors,
     finish,
-    make_disk,
     read,
 )
 
@@ -33,31 +29,7 @@ from qvmcore.virtio import spec
 VERSION_1 = 1 << spec.VIRTIO_F_VERSION_1
 OWN = 1 << 30
 
-
-@pytest.fixture(autouse=True)
-def nothing_left_open(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    before = descriptors()
-    yield
-    # The errors in the log hold the memory they were about.
-    caplog.get_records("call").clear()
-    assert not descriptors() - before
-
-
-@pytest.fixture(params=[False, True], ids=["split", "packed"])
-def packed(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
-
-
-@pytest.fixture
-def rng() -> Iterator[ServedVdev[VirtioEntropy]]:
-    with ServedVdev(VirtioEntropy) as served:
-        yield served
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[ServedVdev[VirtioBlk]]:
-    with make_disk(tmp_path) as served:
-        yield served
+pytestmark = pytest.mark.usefixtures("nothing_left_open")
 
 
 # ---- what a guest, or its client, gets wrong ---------------------------------------------------------

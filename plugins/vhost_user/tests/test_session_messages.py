@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from qvm_vhost_user.protocol import NEEDS, SHAPES, STATE, U64, ProtocolFeature, Request
 from qvm_vhost_user.testing import ALL_FEATURES, Client, Refused
 from qvm_virtio_blk.device import VirtioBlk
 from qvm_virtio_entropy import VirtioEntropy
-from session_kit import ServedVdev, descriptors, make_disk, rejected
+from session_kit import ServedVdev, rejected
 
 from qvmcore.api import VirtioVdev, Virtqueue
 from qvmcore.virtio import spec
@@ -23,23 +22,12 @@ PACKED = 1 << spec.VIRTIO_F_RING_PACKED
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK = 1, 2, 4, 8
 WCE = 32
 
-
-@pytest.fixture(autouse=True)
-def nothing_left_open() -> Iterator[None]:
-    before = descriptors()
-    yield
-    assert not descriptors() - before
+pytestmark = pytest.mark.usefixtures("nothing_left_open")
 
 
 @pytest.fixture
 def served() -> Iterator[ServedVdev[VirtioEntropy]]:
     with ServedVdev(VirtioEntropy) as served:
-        yield served
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[ServedVdev[VirtioBlk]]:
-    with make_disk(tmp_path) as served:
         yield served
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from qvm_vhost_user.protocol import NO_FD, U64, Request
@@ -20,9 +18,7 @@ from session_kit import (
     WITHOUT_INFLIGHT,
     ServedVdev,
     content,
-    descriptors,
     finish,
-    make_disk,
     read,
     stands_still,
 )
@@ -34,31 +30,7 @@ VERSION_1 = 1 << spec.VIRTIO_F_VERSION_1
 OWN = 1 << 30
 WCE = 32
 
-
-@pytest.fixture(autouse=True)
-def nothing_left_open(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    before = descriptors()
-    yield
-    # The errors in the log hold the memory they were about.
-    caplog.get_records("call").clear()
-    assert not descriptors() - before
-
-
-@pytest.fixture(params=[False, True], ids=["split", "packed"])
-def packed(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
-
-
-@pytest.fixture
-def rng() -> Iterator[ServedVdev[VirtioEntropy]]:
-    with ServedVdev(VirtioEntropy) as served:
-        yield served
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[ServedVdev[VirtioBlk]]:
-    with make_disk(tmp_path) as served:
-        yield served
+pytestmark = pytest.mark.usefixtures("nothing_left_open")
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=list(PROTOCOLS))

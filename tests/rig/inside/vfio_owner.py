@@ -41,7 +41,7 @@ class Memory:
         self.fd = fd
         self.map = mmap.mmap(fd, SIZE)
         address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
-        self.ram = Ram(IOVA, SIZE, fd, address, memoryview(self.map))
+        self.ram = Ram(IOVA, SIZE, fd, address, lambda: memoryview(self.map))
 
 
 def wait_for(holds: Callable[[], bool], what: str, limit: float = 60.0) -> None:

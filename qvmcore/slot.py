@@ -85,7 +85,10 @@ class VdevSlot:
         self._fault_lock = threading.Lock()
         self._threads_allowed = False
         self._worker: Worker | None = None
+        #: The register handler that runs: since when, on which thread. Written by such threads only.
         self._busy: tuple[float, int] | None = None
+        #: The one that was interrupted last, and when.
+        self._interrupted: tuple[tuple[float, int] | None, float] = None, 0.0
         self._vdev: Vdev | None = None
 
     @property
@@ -212,6 +215,7 @@ class VdevSlot:
             try:
                 return read(offset, size) & ((1 << (8 * size)) - 1)
             except Exception as error:
+                self._busy = None  # it is out of the handler: what follows is not to be interrupted
                 self.fault(error)
                 return all_ones(size)
             finally:
@@ -229,6 +233,7 @@ class VdevSlot:
             try:
                 write(offset, size, value)
             except Exception as error:
+                self._busy = None  # likewise
                 self.fault(error)
             finally:
                 self._busy = None
@@ -240,10 +245,14 @@ class VdevSlot:
     def interrupt_if_hung(self) -> None:
         """Raise VdevHung inside a register handler that has run for too long; called by the machine.
 
-        Only Python code can be interrupted; a handler blocked in a system call keeps its vCPU.
+        Only Python code can be interrupted; a handler blocked in a system call keeps its vCPU. One that goes
+        on all the same is interrupted again.
         """
         busy = self._busy
-        if busy is None or time.monotonic() - busy[0] < HANDLER_PATIENCE:
+        if busy is None:
+            return
+        last, when = self._interrupted
+        if time.monotonic() - (when if last is busy else busy[0]) < HANDLER_PATIENCE:
             return
         self.log.error(
             "%s: a register handler runs for %.0f s; interrupting it at\n%s",
@@ -251,8 +260,12 @@ class VdevSlot:
             HANDLER_PATIENCE,
             stack_of(busy[1]),
         )
-        self._busy = (time.monotonic(), busy[1])
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(busy[1]), ctypes.py_object(VdevHung))
+        # Outside of the handler it would hit the vCPU itself; and it may have come to its end by now.
+        if self._busy is busy:
+            self._interrupted = busy, time.monotonic()
+            _raise_in(busy[1], VdevHung)
+            if self._busy is not busy:
+                _raise_in(busy[1], None)
 
     def _stop_worker(self, _end: GuestEnd) -> None:
         worker = self._worker
@@ -261,3 +274,9 @@ class VdevSlot:
         raise TimeoutError(
             f"{worker.name} did not stop within {END_DEADLINE} s; it was at\n{stack_of(worker.ident)}"
         )
+
+
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Raise in another thread when it runs Python code next; None takes back what was not raised yet."""
+    what = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), what)

@@ -20,6 +20,7 @@ from qvmcore.errors import EngineError, HostError
 from qvmcore.hookspecs import hookimpl
 from qvmcore.machine import Machine, Outcome
 from qvmcore.memory import GuestMemory
+from qvmcore.slot import VdevSlot
 from qvmcore.termination import Phase, TerminationCallback
 from qvmcore.testing.engine import ScriptedEngine, ScriptedGuest
 from qvmcore.testing.host import FIRST_INTR, FIRST_LOC, STRIDE, machine
@@ -256,6 +257,108 @@ def test_a_register_handler_that_hangs_is_interrupted_and_isolated(
     assert outcome.code == 0
     assert vm.slots[0].faulted.startswith("VdevHung")
     assert probe(vm, 1).life == FULL_LIFE
+
+
+def read_and_power_off(seen: list[int]) -> Callable[[ScriptedGuest], None]:
+    """Also when the read ends the vCPU's thread: the test must not wait for the guest for ever."""
+
+    def script(guest: ScriptedGuest) -> None:
+        try:
+            seen.append(guest.read32(FIRST_LOC))
+        finally:
+            guest.power_off()
+
+    return script
+
+
+def test_the_report_of_a_hang_is_not_interrupted_however_long_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy host it takes longer than the patience that was short: the vCPU lives."""
+    monkeypatch.setattr("qvmcore.slot.HANDLER_PATIENCE", 0.05)
+    monkeypatch.setattr("qvmcore.machine.WATCH_PERIOD", 0.01)
+    fault = VdevSlot.fault
+
+    def slow(self: VdevSlot, error: BaseException) -> None:
+        for _ in range(200):
+            time.sleep(0.001)
+        fault(self, error)
+
+    monkeypatch.setattr(VdevSlot, "fault", slow)
+    seen: list[int] = []
+    outcome, vm = run(tmp_path, read_and_power_off(seen), Hanging, Other)
+    assert seen == [ONES]
+    assert outcome.code == 0
+    assert vm.slots[0].faulted.startswith("VdevHung")
+
+
+class Stubborn(Probe):
+    vdev_type = "stubborn"
+
+    def mmio_read(self, window: int, offset: int, size: int) -> int:
+        self.interrupts = 0
+        while self.interrupts < 3:
+            try:
+                while True:
+                    time.sleep(0.001)
+            except Exception:
+                self.interrupts += 1
+        return 7
+
+
+def test_a_handler_that_goes_on_after_an_interrupt_is_interrupted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qvmcore.slot.HANDLER_PATIENCE", 0.05)
+    monkeypatch.setattr("qvmcore.machine.WATCH_PERIOD", 0.01)
+    seen: list[int] = []
+    outcome, vm = run(tmp_path, read_and_power_off(seen), Stubborn, Other)
+    assert seen == [7]
+    assert outcome.code == 0
+    assert vm.slots[0].faulted == ""
+
+
+class Slow(Probe):
+    vdev_type = "slow"
+    ready = threading.Event()
+
+    def mmio_read(self, window: int, offset: int, size: int) -> int:
+        self.ready.wait(20)
+        return 7
+
+
+def test_a_handler_that_ends_while_its_hang_is_reported_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so is the vCPU, which would be hit instead."""
+    monkeypatch.setattr("qvmcore.slot.HANDLER_PATIENCE", 0.05)
+    monkeypatch.setattr("qvmcore.machine.WATCH_PERIOD", 0.01)
+    Slow.ready.clear()
+    out, told = threading.Event(), threading.Event()
+
+    def report(_thread: int) -> str:
+        Slow.ready.set()
+        assert out.wait(20)
+        told.set()
+        return ""
+
+    monkeypatch.setattr("qvmcore.slot.stack_of", report)
+    seen: list[int] = []
+
+    def script(guest: ScriptedGuest) -> None:
+        try:
+            seen.append(guest.read32(FIRST_LOC))
+            out.set()
+            for _ in range(200):
+                time.sleep(0.001)
+            seen.append(told.is_set())
+        finally:
+            guest.power_off()
+
+    outcome, vm = run(tmp_path, script, Slow, Other)
+    assert seen == [7, True]
+    assert outcome.code == 0
+    assert vm.slots[0].faulted == ""
 
 
 class BusyWorker(Probe):

@@ -73,7 +73,7 @@ def keeper(state: Path) -> Iterator[Callable[..., Guard]]:
         files.keep(evidence, state)
         guard.dismiss(names)
         limit = time.monotonic() + 20
-        while not all(each.done["surrendered"] for each in devices):
+        while not (all(each.done["surrendered"] for each in devices) and listens(guard.pid)):
             assert time.monotonic() < limit, "the guard does not become a keeper"
             time.sleep(0.005)
         return guard
@@ -82,6 +82,16 @@ def keeper(state: Path) -> Iterator[Callable[..., Guard]]:
     for guard in guards:
         guard._process.kill()
         guard._process.wait()
+
+
+def listens(pid: int) -> bool:
+    """Whether a keeper can be asked already: it gives the devices back a moment before that."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as channel:
+        try:
+            channel.connect(_address(pid))
+        except ConnectionRefusedError:
+            return False
+    return True
 
 
 def run(*arguments: str) -> Result:

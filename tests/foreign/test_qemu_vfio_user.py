@@ -131,7 +131,8 @@ def test_linux_reads_and_writes_the_registers_of_a_plain_vdev(linux: Linux) -> N
     assert said.split() == ["0x6F6C6568", "0x0000CAFE", "0x00000002"]
 
 
-#: Gives vector 0 of hello the message that vector 1 of the entropy device has, whose count Linux shows.
+#: Gives vector 0 of hello the message of the entropy device's vector 0, whose count Linux shows: configuration
+#: changes, of which that device has none.
 BORROW_VECTOR = """
 word() { dd if=$1/config bs=1 skip=$2 count=$3 2>&- | hexdump -ve "1/$3 \\"%0$(($3 * 2))x\\""; }
 put() { printf $3 | dd of=$1/config bs=1 seek=$2 conv=notrunc 2>&-; }
@@ -142,12 +143,12 @@ table() {
     bar=$(sed -n $(((place & 7) + 1))p $1/resource | cut -d' ' -f1)
     table=$((bar + (place & ~7)))
 }
-count() { sed -n 's/^ *[0-9]*: *\\([0-9]*\\) .*virtio4-input$/\\1/p' /proc/interrupts; }
+count() { sed -n 's/^ *[0-9]*: *\\([0-9]*\\) .*virtio4-config$/\\1/p' /proc/interrupts; }
 table $(readlink -f /sys/bus/virtio/devices/virtio4/..); lender=$table
 table $d
 put $d 4 '\\006'
 put $d $((at + 3)) '\\200'
-for word in 0 4 8 12; do devmem $((table + word)) 32 $(devmem $((lender + 16 + word)) 32); done
+for word in 0 4 8 12; do devmem $((table + word)) 32 $(devmem $((lender + word)) 32); done
 """
 
 

@@ -67,7 +67,7 @@ def ask(pid: int, device: str) -> Hardware:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as channel:
         channel.settimeout(PATIENCE)
         try:
-            channel.connect(_address(pid))
+            _connect(channel, _address(pid))
             # The name is anybody's to take; the kernel's word for who answers is not.
             if _peer(channel)[0] != pid:
                 raise KeeperError(f"not process {pid} answers for it")
@@ -76,6 +76,19 @@ def ask(pid: int, device: str) -> Hardware:
         except OSError as error:
             raise KeeperError(error.strerror or str(error)) from error
     return _adopt(text, fds)
+
+
+def _connect(channel: socket.socket, address: str) -> None:
+    """A guard that becomes a keeper gives its other devices back first, and listens a moment later."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            channel.connect(address)
+            return
+        except ConnectionRefusedError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _adopt(text: bytes, fds: Sequence[int]) -> Hardware:

@@ -15,7 +15,7 @@ from qvmcore.memory import GuestMemory
 from qvmcore.virtio import spec
 from qvmcore.virtio.chain import Chain
 from qvmcore.virtio.position import PACKED_FRESH, packed_start
-from qvmcore.virtio.ring import RingQueue
+from qvmcore.virtio.ring import LONGEST, RingQueue
 from qvmcore.virtio.rings import PackedRings
 
 __all__ = ["PackedQueue", "PackedRings"]
@@ -185,8 +185,8 @@ class PackedQueue(RingQueue):
         """
         self._check_table(length, flags)
         entries = length >> 4
-        if entries > self.size:
-            raise BadDescriptorChain(f"indirect table of {entries} entries, queue size {self.size}")
+        if entries > LONGEST:
+            raise BadDescriptorChain(f"indirect table of {entries} entries, more than {LONGEST}")
         view = self._view
         start, span, ram = self._region
         roms = self._roms

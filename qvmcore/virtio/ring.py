@@ -29,6 +29,9 @@ if sys.byteorder != "little":
     raise ImportError("qvmcore.virtio reads the little-endian rings directly: little-endian hosts only")
 
 
+#: Descriptors of a chain. A chain must not be longer than its queue (2.7.5.3.1, 2.8.19), but Linux makes its
+#: indirect tables as long as the device takes segments, whatever the size of the queue a VMM chose.
+LONGEST = 1024
 #: The driver is told of a batch of fewer chains once; of a larger one in so many parts.
 WHOLE, PARTS = 8, 4
 

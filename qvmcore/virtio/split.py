@@ -14,7 +14,7 @@ from qvmcore.memory import GuestMemory
 from qvmcore.virtio import spec
 from qvmcore.virtio.chain import Chain
 from qvmcore.virtio.position import split_start
-from qvmcore.virtio.ring import RingQueue
+from qvmcore.virtio.ring import LONGEST, RingQueue
 from qvmcore.virtio.rings import SplitRings
 
 __all__ = ["SplitQueue", "SplitRings"]
@@ -22,12 +22,14 @@ __all__ = ["SplitQueue", "SplitRings"]
 _FORMAT = struct.Struct("<QIHH")
 _DESCRIPTOR, _ROWS = _FORMAT.unpack_from, _FORMAT.iter_unpack
 _NEXT, _WRITE, _INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
+#: How many descriptors a walk looks at: a chain's, and a reference to a table. It is also how a loop ends.
+_STEPS = range(LONGEST + 1)
 
 
 class SplitQueue(RingQueue):
     """A split virtqueue; see :class:`RingQueue`. What is stored in the rings wraps at 65536."""
 
-    __slots__ = ("_avail", "_elements", "_mask", "_offered", "_steps", "_table", "_used")
+    __slots__ = ("_avail", "_elements", "_mask", "_offered", "_table", "_used")
 
     def __init__(
         self,
@@ -43,9 +45,6 @@ class SplitQueue(RingQueue):
         super().__init__(index, rings.size, memory, features, interrupt, on_error, again)
         self._mask = rings.size - 1
         self._map(rings)
-        # At most as many elements as the queue has entries (2.7.5.3.1), which is also how a loop
-        # ends, and one reference to an indirect table.
-        self._steps = range(rings.size + 1)
         if position is not None:
             # The used index is in guest memory, where an earlier device has left it.
             self._start(*split_start(position, rings.used[1], rings.size))
@@ -85,7 +84,7 @@ class SplitQueue(RingQueue):
         roms = self._roms
         readable = writable = 0
         try:
-            for _ in self._steps:
+            for _ in _STEPS:
                 if index >= entries:
                     raise BadDescriptorChain(f"descriptor index {index} is beyond the {entries} of its table")
                 address, length, flags, following = _DESCRIPTOR(table, index << 4)
@@ -128,7 +127,7 @@ class SplitQueue(RingQueue):
                     break
                 index = following
             else:
-                raise BadDescriptorChain(f"chain longer than the queue size {size}")
+                raise BadDescriptorChain(f"chain longer than {LONGEST} descriptors")
             if readable + writable > spec.CHAIN_BYTES_MAX:
                 raise BadDescriptorChain(f"chain of {readable + writable} bytes exceeds 2^32")
         except (BadDescriptorChain, GuestMemoryError) as error:
@@ -150,7 +149,7 @@ class SplitQueue(RingQueue):
         for count, (address, length, flags, following) in enumerate(_ROWS(table), 1):
             offset = address - start
             end = offset + length
-            if flags & _INDIRECT or not length or count > self.size:
+            if flags & _INDIRECT or not length or count > LONGEST:
                 return None
             buffer = ram[offset:end] if offset >= 0 and end <= span else view(address, length)
             if flags & _WRITE:

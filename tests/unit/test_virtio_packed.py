@@ -409,15 +409,16 @@ def test_2_8_7_an_unaligned_table_is_fine() -> None:
     assert bench.popped().readable == 5
 
 
-@pytest.mark.parametrize("entries", [SIZE, SIZE + 1, 0x0FFFFFFF])
-def test_2_8_17_at_most_queue_size_elements(entries: int) -> None:
+@pytest.mark.parametrize("entries", [SIZE, SIZE + 1, 1024, 1025, 0x0FFFFFFF])
+def test_2_8_17_a_table_may_be_longer_than_the_queue_but_not_than_1024(entries: int) -> None:
+    """As Linux makes them: it looks at what the device takes, not at the size that a VMM gave the queue."""
     bench = Bench(INDIRECT)
-    address, _ = bench.driver.raw_table([(RAM, 2, 0, 0)] * (SIZE + 1))
+    address, _ = bench.driver.raw_table([(RAM, 2, 0, 0)] * 1025)
     bench.chain((address, 16 * entries, IND))
-    if entries <= SIZE:
+    if entries <= 1024:
         assert bench.popped().readable == 2 * entries
     else:
-        bench.refused(f"table of {entries} entries, queue size {SIZE}")
+        bench.refused(f"table of {entries} entries, more than 1024")
 
 
 # ---- giving back ------------------------------------------------------------------------------------

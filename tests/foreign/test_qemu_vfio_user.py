@@ -131,7 +131,7 @@ def test_linux_reads_and_writes_the_registers_of_a_plain_vdev(linux: Linux) -> N
     assert said.split() == ["0x6F6C6568", "0x0000CAFE", "0x00000002"]
 
 
-#: Gives vector 0 of hello the message of the entropy device's vector 0, whose count Linux shows. It is that of
+#: Gives vector 0 of hello the message of the entropy device's vector 0, whose count Linux shows: that of
 #: configuration changes, of which that device has none.
 BORROW_VECTOR = """
 word() { dd if=$1/config bs=1 skip=$2 count=$3 2>&- | hexdump -ve "1/$3 \\"%0$(($3 * 2))x\\""; }

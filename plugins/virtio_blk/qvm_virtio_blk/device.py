@@ -25,7 +25,7 @@ from qvm_virtio_blk.session import Session, answer, fill, reason
 from qvm_virtio_blk.stats import Stats
 from qvmcore.api import GuestEnd, Phase, VdevContext, VirtioVdev, Virtqueue
 
-#: A chain is not longer than its queue (2.7.5.3.1): one request holds a MiB of single pages.
+#: One request holds a MiB of single pages, in a chain that is not longer than its queue (2.7.5.3.1).
 QUEUE_SIZE = 512
 #: Data segments of a request: the queue without the header's and the status's descriptor.
 SEG_MAX = QUEUE_SIZE - 2

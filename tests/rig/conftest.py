@@ -7,7 +7,6 @@ them beside the others; they come last here, and the reports pytest makes there 
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +19,10 @@ from tests.rig import machine
 from tests.rig.results import Results, Silence
 
 INSIDE = Path(__file__).parent / "inside"
-#: Seconds: for one test in the machine; without any word from it, which says one every few; between two looks
-#: at it; from its start to its end.
+#: Seconds: for one test in the machine; without any word from it, which says one every few; from its start to
+#: its end.
 TEST_LIMIT = 420
 PATIENCE = 120.0
-PERIOD = 5.0
 TOTAL_LIMIT = float(os.environ.get("QVM_RIG_LIMIT", "3600"))
 #: How many machines that fell silent are replaced in one session.
 SPARE_MACHINES = 4
@@ -51,8 +49,9 @@ class Rig:
 
     An emulated machine with guests of its own may stand still, or its kernel panic, without any fault of
     what is tested: no program can do that to a kernel, but QEMU's emulation of SVM can (seen with QEMU 7.2).
-    Such a machine is replaced as soon as a thread sees it, and the next one goes on with the test it was at;
-    when the last of them falls silent, that test fails and the rest do.
+    Such a machine is replaced before the next test begins here, not beside one: tests count this process's
+    descriptors. The new one goes on with the test it was at; when the last of them falls silent, that test
+    fails and the rest do.
     """
 
     def __init__(self, session: pytest.Session) -> None:
@@ -62,14 +61,9 @@ class Rig:
         self.problem = ""
         self._wanted = [item.nodeid for item in session.items if is_inside(item)]
         self._lines = Lines(session.config)
-        self._notes: list[str] = []
         self._began = time.monotonic()
-        self._mending = threading.Lock()
-        self._over = threading.Event()
         self._start(self._wanted, self._lines)
         self._results = Results(self, patience=PATIENCE)
-        if self._machine is not None:
-            threading.Thread(target=self._watch, name="rig-watch", daemon=True).start()
 
     def _start(self, wanted: Sequence[str], progress: Progress) -> None:
         try:
@@ -77,28 +71,26 @@ class Rig:
         except machine.UnusableError as error:
             self.problem = str(error)
 
-    def _watch(self) -> None:
-        while not self._over.wait(PERIOD):
-            if self._results.quiet() and not (self._mend() and self._results.left(self._wanted)):
-                return
+    def look(self) -> None:
+        """Between two tests: replace a machine that fell silent."""
+        if self._machine is not None and self._spare and not self.problem and self._results.quiet():
+            self._mend()
 
     def _mend(self) -> bool:
         """Replace a machine that fell silent, if there is one to spare; whether there is a machine."""
-        with self._mending:
-            why = self._results.silence()
-            left = self._results.left(self._wanted)
-            if not why or not left or self._over.is_set():
-                return True
-            if not self._spare or self.problem:
-                return False
-            assert self._machine is not None
-            self._spare -= 1
-            self._machine.stop()
-            # Printed later: the terminal is the main thread's.
-            self._notes.append(f"{left[0]}: {why}; another machine went on (log: {self._machine.console})")
-            self._start(left, machine.Quiet())
-            self._results.renew()
-            return not self.problem
+        why = self._results.silence()
+        left = self._results.left(self._wanted)
+        if not why or not left:
+            return True
+        if not self._spare or self.problem:
+            return False
+        assert self._machine is not None
+        self._spare -= 1
+        self._machine.stop()
+        self._lines.note(f"{left[0]}: {why}; another machine goes on (log: {self._machine.console})")
+        self._start(left, machine.Quiet())
+        self._results.renew()
+        return not self.problem
 
     @property
     def results(self) -> Path:
@@ -134,19 +126,11 @@ class Rig:
             self._machine.stop()
             text = f"{silence}\n--- end of {self._machine.console}\n{self._machine.tail()}"
             yield from made_up(item, "failed", text, when="teardown" if seen else "setup")
-        self._print()
-
-    def _print(self) -> None:
-        while self._notes:
-            self._lines.note(self._notes.pop(0))
 
     def close(self) -> str:
         """Stop the machine; its log stays when a test failed. Returns where that is."""
-        self._over.set()
         if self._machine is None:
             return ""
-        with self._mending:
-            self._print()
         if not self._failed:
             self._machine.close()
             return ""
@@ -187,9 +171,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     """Instead of running a test of the machine here: take its reports from there."""
-    if not is_inside(item):
-        return None
     stash = item.session.stash
+    if not is_inside(item):
+        if RIG in stash:
+            stash[RIG].look()
+        return None
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in stash[RIG].reports(item):
         item.ihook.pytest_runtest_logreport(report=report)

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 #: Descriptors that one look at them tells of; the others come with the next one.
 MOST_EVENTS = 64
+_NOTHING = None, None
 
 
 def stack_of(ident: int | None) -> str:
@@ -90,7 +91,7 @@ class Worker:
         self._timers: list[tuple[float, Callable[[], None]]] = []
         self._lock = threading.Lock()
         self._stop = False
-        self._thread: threading.Thread | None = None
+        self._own_thread: threading.Thread | None = None
 
     def watch(
         self,
@@ -152,7 +153,7 @@ class Worker:
         two changes of threads where the work is shorter than these. What ``function`` raises reaches
         the caller, and ``serial`` is not taken.
         """
-        if self._calls or self._thread is None or not self._turn.acquire(blocking=False):
+        if self._calls or self._own_thread is None or not self._turn.acquire(blocking=False):
             return False
         try:
             self._visitor = threading.get_ident()
@@ -173,12 +174,12 @@ class Worker:
     @property
     def alive(self) -> bool:
         """Whether the thread runs."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._own_thread is not None and self._own_thread.is_alive()
 
     @property
     def ident(self) -> int | None:
         """The thread that runs the callbacks, its own or a visitor's; for stack dumps when it hangs."""
-        return self._visitor or (self._thread.ident if self._thread is not None else None)
+        return self._visitor or (self._own_thread.ident if self._own_thread is not None else None)
 
     def stop(self, timeout: float) -> bool:
         """Ask the loop to end and wait at most ``timeout`` seconds; False when it, or a visitor, still runs.
@@ -188,7 +189,7 @@ class Worker:
         with self._lock:
             # Not between the making and the start of the thread: it could not be waited for.
             self._stop = True
-            thread = self._thread
+            thread = self._own_thread
         self._wake.signal()
         if thread is None or threading.get_ident() == self.ident:
             if thread is None:
@@ -200,35 +201,35 @@ class Worker:
 
     def _start(self) -> None:
         with self._lock:
-            if self._thread is None and not self._stop:
-                self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
-                self._thread.start()
+            if self._own_thread is None and not self._stop:
+                self._own_thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+                self._own_thread.start()
 
     def _run(self) -> None:
-        watched, wake = self._watched, self._wake.fd
-        nothing: tuple[None, None] = (None, None)
         try:
             while not self._stop:
-                for fd, events in self._look() or self._epoll.poll(self._timeout(), MOST_EVENTS):
-                    if fd == wake:
-                        self._wake.drain()
-                        continue
-                    with self._turn:
-                        if self._stop:
-                            break
-                        # Looked up with the turn: a visitor may have been the one to end the watch.
-                        readable, writable = watched.get(fd, nothing)
-                        failed = events & (select.EPOLLHUP | select.EPOLLERR)
-                        if readable is not None and (events & select.EPOLLIN or failed):
-                            self._guarded(readable)
-                        if writable is not None and (
-                            events & select.EPOLLOUT or (failed and readable is None)
-                        ):
-                            self._guarded(writable)
+                self._run_watches(self._look() or self._epoll.poll(self._timeout(), MOST_EVENTS))
                 if (self._calls or self._timers) and not self._stop:
                     self._run_calls()
         finally:
             self._close()
+
+    def _run_watches(self, ready: list[tuple[int, int]]) -> None:
+        wake = self._wake.fd
+        for fd, events in ready:
+            if fd == wake:
+                self._wake.drain()
+                continue
+            with self._turn:
+                if self._stop:
+                    return
+                # Looked up with the turn: a visitor may have been the one to end the watch.
+                readable, writable = self._watched.get(fd, _NOTHING)
+                failed = events & (select.EPOLLHUP | select.EPOLLERR)
+                if readable is not None and (events & select.EPOLLIN or failed):
+                    self._guarded(readable)
+                if writable is not None and (events & select.EPOLLOUT or (failed and readable is None)):
+                    self._guarded(writable)
 
     def _look(self) -> list[tuple[int, int]]:
         """What became ready while the thread looked for it; nothing when it may sleep."""
@@ -258,7 +259,7 @@ class Worker:
         for call in calls:
             with self._turn:
                 if self._stop:
-                    break
+                    return
                 self._guarded(call)
 
     def _guarded(self, function: Callable[[], None]) -> None:

@@ -245,4 +245,4 @@ def test_passt_that_refuses_its_options_says_so(
 ) -> None:
     guest = Guest(card(user=True, passt_options=["--nonsense"]))
     until(lambda: not guest.link_up)
-    assert "the cable is out; its last words:" in caplog.text
+    until(lambda: "the cable is out; its last words:" in caplog.text)

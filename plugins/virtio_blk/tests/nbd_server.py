@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+#: The flag of a socket that listens, in /proc/net/unix.
+LISTENING = "00010000"
+
 
 class Server:
     """An NBD server of ``image`` on a Unix socket; may be stopped, killed and started again.
@@ -52,10 +55,15 @@ class Server:
         self.socket.unlink(missing_ok=True)
         self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL)
         deadline = time.monotonic() + 10
-        while not self.socket.exists():
+        while not self._listens():
             assert self.process.poll() is None and time.monotonic() < deadline, "the server does not start"
             time.sleep(0.01)
         return self
+
+    def _listens(self) -> bool:
+        """Whether the socket takes connections; it is there earlier. None is made: it would count."""
+        lines = (line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:])
+        return any(words[3] == LISTENING and words[-1] == str(self.socket) for words in lines)
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal, e.g. SIGSTOP to make it silent."""

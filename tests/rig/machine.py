@@ -38,8 +38,8 @@ TOOLS = {
 }
 MODULES = ("kvm_amd", "tun", "virtio_net", "vfio-pci", "vfio_iommu_type1", "uio_cif", "uio_pci_generic")
 
-#: Runs in the initramfs; disks of the nvme driver are there from the start, it is built in. Which of the
-#: three gets which number is a race.
+#: Runs in the initramfs; disks of the nvme driver are there from the start, it is built in. Which of them
+#: gets which number is a race.
 SCRIPT = """
 modprobe -a kvm_amd tun virtio_net vfio-pci vfio_iommu_type1 uio_cif uio_pci_generic || exit
 for serial in /sys/class/nvme/*/serial; do
@@ -153,8 +153,11 @@ def to_pass(folder: Path) -> list[str]:
 
     ``slow`` answers 20 requests a second: with a queue of them it writes to memory for a while. The e1000e
     receives what the machine sends to its other network device. The shared memory is a BAR with registers
-    that remember what is written: a device for UIO. The two functions of the last port have one group. The
+    that remember what is written: a device for UIO. The two functions of the port ``rp4`` have one group. The
     first edu reaches 4 GiB, so it can be a guest's whose memory begins at one.
+
+    ``line`` is for guests that use INTx. When a driver left completions behind, QEMU 7.2's drive counts them
+    on after a reset, and INTA# is high for every later driver; drivers with MSI-X do not notice.
     """
     plain, slow = folder / "plain.img", folder / "slow.img"
     plain.write_bytes(b"")
@@ -166,11 +169,13 @@ def to_pass(folder: Path) -> list[str]:
         "-drive", f"file={slow},if=none,id=slow,format=raw,throttling.iops-total=20",
         "-netdev", "hubport,id=net,hubid=0", "-netdev", "hubport,id=feed,hubid=0",
         "-device", "virtio-net-pci,netdev=feed",
-        *(word for n in range(5) for word in ("-device", f"pcie-root-port,id=rp{n},chassis={n},slot={n}")),
+        *(word for n in range(6) for word in ("-device", f"pcie-root-port,id=rp{n},chassis={n},slot={n}")),
         "-object", "memory-backend-ram,id=cells,size=1M,share=on", "-device", "ivshmem-plain,memdev=cells",
         "-device", "edu,bus=rp0,dma_mask=0xffffffff", "-device", "e1000e,bus=rp1,netdev=net",
         "-device", "edu,bus=rp4,addr=0.0,multifunction=on", "-device", "edu,bus=rp4,addr=0.1",
         "-device", "nvme,bus=rp2,serial=plain,drive=plain", "-device", "nvme,bus=rp3,serial=slow,drive=slow",
+        "-blockdev", f"driver=null-co,node-name=zeros,size={64 << 20},read-zeroes=on",
+        "-device", "nvme,bus=rp5,serial=line,drive=zeros",
     ]  # fmt: skip
 
 

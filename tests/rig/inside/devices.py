@@ -14,7 +14,7 @@ from tests.rig.inside.vfio_owner import find, wait_for
 
 _FOUND: dict[str, str] = {}
 _WHO = {"edu": (0x1234, 0x11E8, ""), "e1000e": (0x8086, 0x10D3, ""), "plain": (0, 0, "plain"),
-        "slow": (0, 0, "slow")}  # fmt: skip
+        "slow": (0, 0, "slow"), "line": (0, 0, "line")}  # fmt: skip
 
 
 def bound(which: str) -> str:

@@ -163,6 +163,15 @@ class Serving:
             client.version()
             assert client.read(0, 0, 4) == int.from_bytes(b"helo", "little")
 
+    def check_entropy(self) -> None:
+        """A driver of ``rng0`` gets random numbers, and leaves nothing."""
+        with Guest(self, "rng0") as guest:
+            driver = guest.driver()
+            driver.start()
+            request = driver.queues[0].submit([], [16])
+            assert guest.reap(driver.queues[0]) == [request] and request.result() != bytes(16)
+        self.settle()
+
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """End it; its exit code."""
         self.process.send_signal(number)
